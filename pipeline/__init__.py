@@ -1,0 +1,1 @@
+"""PPO for language models on the Hugging Face stack. `docs/architecture.md` draws the house."""

@@ -1,0 +1,140 @@
+"""From a recipe to the parts of a run, cheap checks first."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from pipeline.config import SECTIONS, Config, ConfigError
+from pipeline.data.prompts import Openings, make_openings
+from pipeline.data.sources import DataError, load_reviews
+from pipeline.models.building import build_policy_and_reference
+from pipeline.models.loading import LoraSettings, ModelError, check_context, load_config, load_tokenizer
+from pipeline.models.policy import Policy, Reference
+from pipeline.rewards.loading import SENTIMENT, load_function, load_reward
+from pipeline.rewards.protocol import Reward, RewardError, checked_measures, checked_scores
+from pipeline.rewards.sentiment import label_index
+from pipeline.runtime.command import parse_recipe
+from pipeline.trainer import sampling_options
+
+BAD_SETTINGS = 2  # exit code
+
+# The bars of the libraries would tear the run's own.
+transformers_logging.disable_progress_bar()
+datasets.disable_progress_bars()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenizer and prompts of a run."""
+
+    tokenizer: PreTrainedTokenizerBase
+    training: Openings
+    held_out: Openings
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Models and reward of a run, on the worker's device."""
+
+    policy: Policy
+    reference: Reference
+    reward: Reward
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End the program with one line and exit code 2 where a setting, a file or a reward is at fault."""
+    try:
+        yield
+    except (ConfigError, DataError, ModelError, RewardError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(BAD_SETTINGS)
+
+
+def parse_config(description: str, arguments: Sequence[str] | None = None) -> Config:
+    """Read recipe and command line; `output_dir` becomes runs/<recipe name> where it is not set.
+
+    Raises:
+        ConfigError: a value makes no sense.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    config = Config(*parse_recipe(SECTIONS, description, arguments))
+    if config.run.output_dir is None:
+        recipe = arguments[arguments.index("--config") + 1] if "--config" in arguments else "run"
+        config.run.output_dir = str(Path("runs") / Path(recipe).stem)
+    return config
+
+
+def open_data(config: Config) -> Data:
+    """Check what can be checked without weights, then read the reviews and cut the openings.
+
+    Raises:
+        ConfigError, ModelError, RewardError, DataError: before any model is loaded.
+    """
+    check_context(
+        load_config(config.model.model_path), config.data.prompt_max_tokens, config.rollout.response_max_tokens
+    )
+    tokenizer = load_tokenizer(config.model.model_path)
+    if config.reward.reward == SENTIMENT:
+        label_index(config.reward.reward_model_path, config.reward.reward_label)
+    else:
+        load_function(config.reward.reward)
+    reviews = load_reviews(config.data.dataset, split=config.data.dataset_split, text_column=config.data.text_column)
+    training, held_out = make_openings(
+        reviews,
+        tokenizer,
+        min_characters=config.data.min_review_characters,
+        max_tokens=config.data.prompt_max_tokens,
+    )
+    return Data(tokenizer, training, held_out)
+
+
+def open_reward(config: Config, data: Data, device: torch.device) -> Reward:
+    """Load the reward and try it on two openings, so that a fault in it shows before the policy is loaded.
+
+    Raises:
+        RewardError, ModelError: see `load_reward` and `checked_scores`.
+    """
+    reward = load_reward(
+        config.reward.reward,
+        model_path=config.reward.reward_model_path,
+        label=config.reward.reward_label,
+        scale=config.reward.reward_scale,
+        batch_size=config.reward.reward_batch_size,
+        device=device,
+    )
+    half = max(1, config.data.prompt_max_tokens // 2)
+    prompts = [data.tokenizer.decode(row[:half]) for row in data.training.tokens[:2]]
+    responses = [data.tokenizer.decode(row[half:]) for row in data.training.tokens[:2]]
+    checked_scores(reward, prompts, responses)
+    checked_measures(reward, prompts, responses)
+    return reward
+
+
+def build_parts(config: Config, data: Data, device: torch.device) -> Parts:
+    """Load reward, policy and reference onto `device`; raises as `open_reward` and `build_policy_and_reference` do."""
+    reward = open_reward(config, data, device)
+    lora = None
+    if config.model.use_peft:
+        lora = LoraSettings(config.model.lora_r, config.model.lora_alpha, config.model.lora_target_modules)
+    policy, reference = build_policy_and_reference(config.model.model_path, lora=lora, device=device)
+    return Parts(policy, reference, reward)
+
+
+def sampling_warning(config: Config) -> str | None:
+    """What to tell a user whose sampling makes the reported KL wrong."""
+    if sampling_options(config).is_pure:
+        return None
+    return (
+        "top_k, top_p or eos_min_tokens restrict the sampling: log-probs and KL are still those of the unrestricted "
+        "distribution, so the KL reported and penalised is not that of the samples."
+    )

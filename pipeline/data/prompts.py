@@ -1,0 +1,112 @@
+"""Prompts: the first few tokens of long reviews."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.data.sources import DataError, Reviews, is_held_out
+from pipeline.runtime.randomness import generator
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts of one batch, left-padded to a common width."""
+
+    tokens: Tensor  # (N, P)
+    mask: Tensor  # (N, P) True on real tokens
+    text: list[str]  # [N]
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def slice(self, start: int, stop: int) -> "PromptBatch":
+        return PromptBatch(self.tokens[start:stop], self.mask[start:stop], self.text[start:stop])
+
+
+@dataclass(frozen=True)
+class Openings:
+    """The first tokens of many reviews, each different from the others."""
+
+    tokens: Tensor  # (M, max_tokens)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def make_openings(
+    reviews: Reviews, tokenizer: PreTrainedTokenizerBase, *, min_characters: int, max_tokens: int
+) -> tuple[Openings, Openings]:
+    """Cut openings of exactly `max_tokens` tokens from reviews longer than `min_characters`.
+
+    Of several reviews with the same opening the first is kept, so none stands on both sides of the split.
+
+    Returns:
+        (training, held-out) openings; the held-out tenth is that of `is_held_out`.
+
+    Raises:
+        DataError: no review is long enough, or one side of the split is empty.
+    """
+    texts = [text for text in reviews.texts if len(text) > min_characters]
+    if not texts:
+        raise DataError(
+            f"none of the {len(reviews)} reviews is longer than min_review_characters={min_characters}; lower it."
+        )
+    # Words are tokenized one by one, so the first tokens of a generous prefix are the first tokens of the whole text.
+    prefixes = [text[: 24 * max_tokens + 64] for text in texts]
+    ids = tokenizer(prefixes, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    unique: dict[tuple[int, ...], str] = {}
+    for text, tokens in zip(texts, ids, strict=True):
+        if len(tokens) >= max_tokens:
+            unique.setdefault(tuple(tokens[:max_tokens]), text)
+    sides: tuple[list, list] = ([], [])
+    for opening, text in unique.items():
+        sides[is_held_out(text)].append(opening)
+    for side, name in zip(sides, ("training", "held-out"), strict=True):
+        if not side:
+            raise DataError(
+                f"{len(texts)} long reviews give no {name} opening of prompt_max_tokens={max_tokens} tokens; use more "
+                f"reviews or lower prompt_max_tokens."
+            )
+    return Openings(torch.tensor(sides[0])), Openings(torch.tensor(sides[1]))
+
+
+def prompt_batch(
+    openings: Openings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    step: int,
+    batch_size: int,
+    min_tokens: int,
+    max_tokens: int,
+    pad_token_id: int,
+    seed: int,
+) -> PromptBatch:
+    """The global batch of prompts of `step`: a function of its arguments, so nothing needs saving to resume.
+
+    Batches walk through permutations of the openings, one permutation an epoch; prompt lengths are uniform in
+    [min_tokens, max_tokens].
+    """
+    first = step * batch_size
+    indices = np.empty(batch_size, dtype=np.int64)
+    for epoch in range(first // len(openings), (first + batch_size - 1) // len(openings) + 1):
+        order = generator(seed, "prompt order", epoch).permutation(len(openings))
+        positions = np.arange(first, first + batch_size) - epoch * len(openings)
+        inside = (positions >= 0) & (positions < len(openings))
+        indices[inside] = order[positions[inside]]
+    lengths = generator(seed, "prompt lengths", step).integers(min_tokens, max_tokens + 1, batch_size)
+    return pad_prompts(openings.tokens[torch.from_numpy(indices)], torch.from_numpy(lengths), tokenizer, pad_token_id)
+
+
+def pad_prompts(
+    openings: Tensor, lengths: Tensor, tokenizer: PreTrainedTokenizerBase, pad_token_id: int
+) -> PromptBatch:
+    """Left-pad the first `lengths` (N,) tokens of `openings` (N, P)."""
+    width = openings.shape[1]
+    source = torch.arange(width) - (width - lengths).unsqueeze(1)  # (N, P) column each place is filled from
+    mask = source >= 0
+    tokens = openings.gather(1, source.clamp_min(0)).masked_fill(~mask, pad_token_id)
+    text = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, mask, strict=True)]
+    return PromptBatch(tokens, mask, text)

@@ -1,0 +1,224 @@
+"""Before against after: the same held-out prompts and the same sampling noise through both models."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.config import Config
+from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
+from pipeline.models.policy import Policy, Reference
+from pipeline.ppo.kl import kl_estimate
+from pipeline.rewards.protocol import Reward, RewardError, checked_measures
+from pipeline.rollout.rollout import (
+    Responses,
+    policy_outputs,
+    reference_logprobs,
+    response_texts,
+    sample_responses,
+)
+from pipeline.runtime.distributed import all_or_none, gather_fields, share
+from pipeline.trainer import sampling_noise, sampling_options
+
+EVALUATION_SEED = 20260  # fixed, so that runs of any seed are compared on the same prompts and noise
+BOOTSTRAP_SAMPLES = 10_000
+_WORD = re.compile(r"[\w']+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`figures` as evaluation.json holds them, and one row a prompt for reading side by side."""
+
+    figures: dict[str, object]
+    rows: list[dict[str, object]]  # prompt, before, after, before_score, after_score
+
+
+@dataclass(frozen=True)
+class _Side(Responses):
+    """One model's responses with what is measured of them; gathered over the workers."""
+
+    measures: Tensor  # (N, number of measures)
+    kl: Tensor  # (N,) log p - log q summed over the response, nats; zero for the original itself
+    ref_logprob: Tensor  # (N,) log-probability of the response under the original model
+
+
+def bootstrap_interval(values: np.ndarray, *, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values` (n,), from a fixed seed (Efron 1979)."""
+    rng = np.random.default_rng(EVALUATION_SEED)
+    means = np.concatenate([rng.choice(values, (500, len(values))).mean(1) for _ in range(BOOTSTRAP_SAMPLES // 500)])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Different n-grams of words as a share of all n-grams of `texts` (Li et al. 2016, distinct-n); 0 without any."""
+    grams = []
+    for text in texts:
+        words = _WORD.findall(text.lower())
+        grams += zip(*(words[i:] for i in range(n)), strict=False)
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def summary(values: Tensor) -> dict[str, object]:
+    """Mean, median and the 95 % bootstrap interval of the mean."""
+    array = values.double().numpy()
+    return {"mean": float(array.mean()), "median": float(np.median(array)), "ci95": list(bootstrap_interval(array))}
+
+
+def evaluate(
+    accelerator: Accelerator,
+    policy: Policy,
+    reference: Reference,
+    reward: Reward,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Openings,
+    config: Config,
+) -> Evaluation:
+    """Compare the policy with its reference on held-out prompts; collective, the same result on every worker.
+
+    Raises:
+        RewardError: the reward broke its contract on some response.
+    """
+    count = min(config.run.evaluation_prompts, len(held_out))
+    workers = accelerator.num_processes
+    padded = math.ceil(count / workers) * workers  # equal shares; what is too much is cut after gathering
+    prompts = _prompts(held_out, tokenizer, config, count, padded)
+    with reference.activated() as original:
+        names, before = _side(accelerator, original, None, reference, reward, tokenizer, prompts, config)
+    _, after = _side(accelerator, policy.model, policy, reference, reward, tokenizer, prompts, config)
+    texts = {
+        "before": response_texts(before, prompts.text, tokenizer)[:count],
+        "after": response_texts(after, prompts.text, tokenizer)[:count],
+    }
+    figures: dict[str, object] = {}
+    for name, side in (("before", before), ("after", after)):
+        tokens = side.response_mask[:count].sum().item()
+        figures[name] = {
+            **{measure: summary(side.measures[:count, i].cpu()) for i, measure in enumerate(names)},
+            "distinct_1": distinct(texts[name], 1),
+            "distinct_2": distinct(texts[name], 2),
+            "perplexity": math.exp(-side.ref_logprob[:count].sum().item() / tokens),
+            "response_tokens_mean": tokens / count,
+        }
+    kl = summary(after.kl[:count].cpu())
+    figures |= {"kl": kl["mean"], "kl_ci95": kl["ci95"], "prompts": count}
+    shown = names.index("probability") if "probability" in names else 0
+    rows = [
+        {
+            "prompt": prompts.text[i],
+            "before": texts["before"][i],
+            "before_score": before.measures[i, shown].item(),
+            "after": texts["after"][i],
+            "after_score": after.measures[i, shown].item(),
+        }
+        for i in range(count)
+    ]
+    return Evaluation(figures, rows)
+
+
+def _prompts(
+    held_out: Openings, tokenizer: PreTrainedTokenizerBase, config: Config, count: int, padded: int
+) -> PromptBatch:
+    prompts = prompt_batch(
+        held_out,
+        tokenizer,
+        step=0,
+        batch_size=count,
+        min_tokens=config.data.prompt_min_tokens,
+        max_tokens=config.data.prompt_max_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=EVALUATION_SEED,
+    )
+    wrap = torch.arange(padded) % count
+    return PromptBatch(prompts.tokens[wrap], prompts.mask[wrap], [prompts.text[i] for i in wrap.tolist()])
+
+
+def _side(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    policy: Policy | None,
+    reference: Reference,
+    reward: Reward,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptBatch,
+    config: Config,
+) -> tuple[list[str], _Side]:
+    """Sample with `model` and measure; `policy` is None where the model is the reference."""
+    rollout = config.rollout
+    mine = share(accelerator, len(prompts))
+    uniforms, lengths = sampling_noise(
+        EVALUATION_SEED, 0, len(prompts), rollout.response_min_tokens, rollout.response_max_tokens
+    )
+    options = {"temperature": rollout.temperature, "microbatch_size": rollout.rollout_microbatch_size}
+    with accelerator.autocast(), torch.no_grad():
+        responses = sample_responses(
+            model,
+            prompts.slice(mine.start, mine.stop),
+            uniforms[mine],
+            lengths[mine],
+            microbatch_size=rollout.rollout_microbatch_size,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            options=sampling_options(config),
+        )
+        ref_logprobs = reference_logprobs(reference, responses, **options)
+        logprobs = ref_logprobs if policy is None else policy_outputs(policy, responses, **options)[0]
+    texts = response_texts(responses, prompts.text[mine], tokenizer)
+    measures = all_or_none(accelerator, lambda: checked_measures(reward, prompts.text[mine], texts), RewardError)
+    local = _Side(
+        **vars(responses),
+        measures=torch.stack(list(measures.values()), 1).to(accelerator.device),
+        kl=kl_estimate(logprobs, ref_logprobs).sum(1),
+        ref_logprob=ref_logprobs.sum(1),
+    )
+    return list(measures), gather_fields(accelerator, local)
+
+
+def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
+    """Write `evaluation.json` (the figures) and `evaluation.md` (figures and samples side by side)."""
+    (directory / "evaluation.json").write_text(json.dumps(evaluation.figures, indent=2) + "\n", encoding="utf-8")
+    figures, samples = _markdown(figures_table(evaluation)), _markdown(samples_table(evaluation, 20))
+    text = f"# Before and after\n\n{figures}\n\n## Samples\n\n{samples}\n"
+    (directory / "evaluation.md").write_text(text, encoding="utf-8")
+
+
+def figures_table(evaluation: Evaluation) -> list[list[str]]:
+    """The figures as rows of cells, the first row the header."""
+    before, after = evaluation.figures["before"], evaluation.figures["after"]
+    rows = [[f"{evaluation.figures['prompts']} held-out prompts", "before", "after"]]
+    for name, value in before.items():
+        if isinstance(value, dict):
+            rows.append([f"{name}, mean (95 % interval)", _mean(value), _mean(after[name])])
+            rows.append([f"{name}, median", f"{value['median']:.3f}", f"{after[name]['median']:.3f}"])
+        else:
+            rows.append([name.replace("_", " "), f"{value:.3f}", f"{after[name]:.3f}"])
+    low, high = evaluation.figures["kl_ci95"]
+    kl = f"{evaluation.figures['kl']:.2f} ({low:.2f} to {high:.2f})"
+    return [*rows, ["KL from the original, nats a response", "0", kl]]
+
+
+def samples_table(evaluation: Evaluation, count: int) -> list[list[str]]:
+    """The first `count` prompts with both continuations as rows of cells, the first row the header."""
+    rows = [["prompt", "before", "", "after", ""]]
+    for row in evaluation.rows[:count]:
+        cells = [row["prompt"], row["before"], f"{row['before_score']:.2f}", row["after"], f"{row['after_score']:.2f}"]
+        rows.append([" ".join(cell.split()) for cell in cells])
+    return rows
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def _mean(value: dict[str, object]) -> str:
+    low, high = value["ci95"]
+    return f"{value['mean']:.3f} ({low:.3f} to {high:.3f})"

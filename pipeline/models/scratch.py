@@ -1,0 +1,42 @@
+"""A tokenizer and a model from scratch, in the shape of any architecture transformers knows."""
+
+from collections.abc import Iterable
+
+from transformers import CONFIG_MAPPING, TOKENIZER_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+
+from pipeline.models.loading import ModelError
+
+
+def new_tokenizer(model_type: str, texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train the tokenizer an architecture uses (byte-level BPE for gpt2, uncased WordPiece for distilbert) on `texts`.
+
+    Raises:
+        ModelError: the architecture is unknown or has no tokenizer of its own, or the result does not reproduce words
+            (transformers 5 builds an empty vocabulary without an error when given the wrong arguments).
+    """
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in TOKENIZER_MAPPING:
+        raise ModelError(f"model_type={model_type!r} has no tokenizer to train; gpt2 and distilbert do, for example.")
+    blank = TOKENIZER_MAPPING[CONFIG_MAPPING[model_type]]()
+    tokenizer = blank.train_new_from_iterator(texts, vocab_size, show_progress=False)
+    probe = "the best film of the year"
+    if len(tokenizer) > vocab_size or tokenizer.decode(tokenizer(probe, add_special_tokens=False).input_ids) != probe:
+        raise ModelError(f"the tokenizer trained for {model_type!r} ({len(tokenizer)} tokens) does not round-trip.")
+    return tokenizer
+
+
+def new_config(model_type: str, overrides: str | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Return the architecture's configuration with `overrides` ("n_layer=6,n_embd=256") and the tokenizer's ids.
+
+    Raises:
+        ModelError: an override that the configuration does not have.
+    """
+    config = CONFIG_MAPPING[model_type]()
+    try:
+        config.update_from_string(overrides or "")
+    except ValueError as error:
+        raise ModelError(f"config_overrides={overrides!r}: {error}") from error
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    return config

@@ -1,0 +1,100 @@
+"""What rank zero tells of a run: the output directory, the console, metrics.jsonl, wandb."""
+
+import shutil
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.config import Config, ConfigError
+from pipeline.evaluation import Evaluation, figures_table, samples_table, write_evaluation
+from pipeline.runtime.console import Console
+from pipeline.runtime.tracking import MetricsFile, WandbTracker
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+
+
+def claim_output_dir(directory: Path) -> None:
+    """Make `directory` ready for a new run; a run already there moves to `<directory>.previous`.
+
+    Raises:
+        ConfigError: it holds something that is not a run.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if not (directory / CONFIG_FILE).is_file():
+            raise ConfigError(
+                f"output_dir={str(directory)!r} exists and is not a run of this program; choose another or empty it."
+            )
+        previous = directory.with_name(directory.name + ".previous")
+        if previous.exists():
+            shutil.rmtree(previous)
+        directory.rename(previous)
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+class Reporter:
+    """Reports a run; with `enabled=False` (every rank but zero) it does nothing."""
+
+    def __init__(self, config: Config, *, enabled: bool):
+        self.config = config
+        self.enabled = enabled
+        self.directory = config.output_dir
+        self.console = Console(config.ppo.steps, enabled=enabled)
+        self._started = time.monotonic()
+        self._metrics: MetricsFile | None = None
+        self._wandb: WandbTracker | None = None
+
+    def __enter__(self) -> "Reporter":
+        if self.enabled:
+            config = self.config
+            config.save(self.directory / CONFIG_FILE)
+            self._metrics = MetricsFile(self.directory / METRICS_FILE)
+            if config.run.report_to == "wandb":
+                self._wandb = WandbTracker(
+                    project=config.run.wandb_project,
+                    name=self.directory.name,
+                    config=config.as_dict(),
+                    directory=self.directory,
+                )
+            self._started = time.monotonic()
+        self.console.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.console.__exit__(*exception)
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def step(self, step: int, metrics: dict[str, float], scores: Tensor, samples: list[tuple[str, str, float]]) -> None:
+        """Write and show one step's figures; samples every `samples_every_steps`."""
+        if not self.enabled:
+            return
+        self._metrics.write(metrics)
+        steps = self.config.ppo.steps
+        left = (time.monotonic() - self._started) / (step + 1) * (steps - step - 1)
+        shown = {
+            "reward": f"{metrics['reward/mean']:+.3f}",
+            "KL": f"{metrics['kl/sequence_k1']:.2f}",
+            "entropy": f"{metrics['ppo/entropy']:.2f}",
+            "samples/s": f"{metrics['throughput/samples_per_second']:.1f}",
+        }
+        self.console.step(step, shown, left)
+        if self._wandb is not None:
+            self._wandb.log(step + 1, metrics, scores)
+        if (step + 1) % self.config.run.samples_every_steps == 0 or step + 1 == steps:
+            self.console.samples(samples)
+            if self._wandb is not None:
+                self._wandb.log_samples(step + 1, samples)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Write and show the comparison before/after."""
+        if not self.enabled:
+            return
+        write_evaluation(evaluation, self.directory)
+        self.console.table("Samples before and after", samples_table(evaluation, 6))
+        self.console.table("Before and after", figures_table(evaluation))
+        if self._wandb is not None:
+            self._wandb.log_evaluation(evaluation.figures, samples_table(evaluation, 20))

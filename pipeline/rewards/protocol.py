@@ -1,0 +1,63 @@
+"""A reward is a callable; this module states its contract and holds others to it."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+# (prompts, responses) -> one score each; the text to judge is prompt + response.
+Reward = Callable[[list[str], list[str]], "Sequence[float] | Tensor"]
+
+
+class RewardError(RuntimeError):
+    """A reward function broke its contract; the message names the function and what it did."""
+
+
+def reward_name(reward: Reward) -> str:
+    """A name to show for a reward function or object."""
+    return getattr(reward, "__qualname__", None) or type(reward).__name__
+
+
+def checked_scores(reward: Reward, prompts: list[str], responses: list[str]) -> Tensor:
+    """Call the reward and return its scores as float32 on the CPU, (n,).
+
+    Raises:
+        RewardError: it raised, returned something that is not numbers, the wrong count, or a NaN or infinity.
+    """
+    name = reward_name(reward)
+    try:
+        scores = reward(list(prompts), list(responses))
+    except Exception as error:
+        raise RewardError(f"the reward {name} raised {type(error).__name__}: {error}") from error
+    return _checked(name, scores, prompts, responses)
+
+
+def checked_measures(reward: Reward, prompts: list[str], responses: list[str]) -> dict[str, Tensor]:
+    """The scales an evaluation reports, each (n,): those of the reward's `measures`, or its score alone."""
+    measures: Callable[..., Mapping[str, Tensor]] | None = getattr(reward, "measures", None)
+    if measures is None:
+        return {"score": checked_scores(reward, prompts, responses)}
+    name = reward_name(reward)
+    return {
+        key: _checked(f"{name}.{key}", values, prompts, responses)
+        for key, values in measures(prompts, responses).items()
+    }
+
+
+def _checked(name: str, scores: object, prompts: list[str], responses: list[str]) -> Tensor:
+    try:
+        values = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RewardError(f"the reward {name} returned {type(scores).__name__}, not numbers: {error}") from error
+    if values.shape != (len(responses),):
+        raise RewardError(
+            f"the reward {name} returned shape {tuple(values.shape)} for {len(responses)} responses; "
+            f"({len(responses)},) is expected."
+        )
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise RewardError(
+            f"the reward {name} returned {values[bad[0]].item()} for response {bad[0]} "
+            f"(prompt {prompts[bad[0]]!r}, response {responses[bad[0]]!r}); scores must be finite."
+        )
+    return values

@@ -1,0 +1,92 @@
+"""The sentiment of prompt + response, as a text classifier with its own tokenizer judges it."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from pipeline.models.loading import ModelError, opening
+
+Scale = Literal["logit", "probability", "log_odds"]
+
+
+class SentimentReward:
+    """Scores texts by the logit, the probability or the log-odds of one label of a classifier.
+
+    `lvwerra/distilbert-imdb` and the shipped `assets/distilbert-imdb-mini` have the labels NEGATIVE and POSITIVE.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        label: str = "POSITIVE",
+        scale: Scale = "logit",
+        batch_size: int = 128,
+        device: torch.device | str = "cpu",
+    ):
+        """
+        Args:
+            model_path: a path or a Hub name of a sequence classifier.
+            label: found by name in the classifier's configuration, case ignored.
+            scale: `log_odds` is the label's logit minus the log-sum-exp of the others'.
+            batch_size: texts a forward.
+
+        Raises:
+            ModelError: the classifier cannot be opened or has no such label.
+        """
+        self.label_index = label_index(model_path, label)
+        self.scale: Scale = scale
+        self.batch_size = batch_size
+        with opening(model_path, "reward_model_path"):
+            self.tokenizer = AutoTokenizer.from_pretrained(model_path)
+            self.model = AutoModelForSequenceClassification.from_pretrained(model_path, dtype=torch.float32)
+        self.model.requires_grad_(False).eval().to(device)
+        self.max_length = min(
+            self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 10**9)
+        )
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
+        """Scores (n,) of prompt + response on the chosen scale."""
+        return self.measures(prompts, responses)[self.scale]
+
+    def measures(self, prompts: list[str], responses: list[str]) -> dict[str, Tensor]:
+        """Every scale at once: {"logit", "probability", "log_odds"}, each (n,) float32 on the CPU."""
+        logits = self._logits([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+        own = logits[:, self.label_index]
+        others = logits.clone()
+        others[:, self.label_index] = -torch.inf
+        log_odds = own - others.logsumexp(-1)
+        return {"logit": own, "probability": log_odds.sigmoid(), "log_odds": log_odds}
+
+    @torch.no_grad()
+    def _logits(self, texts: list[str]) -> Tensor:
+        """(n, labels). Texts are batched by length, so that little is spent on padding."""
+        if not texts:
+            return torch.zeros(0, self.model.config.num_labels)
+        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        logits = torch.empty(len(ids), self.model.config.num_labels)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
+            logits[batch] = self.model(**inputs.to(self.model.device)).logits.float().cpu()
+        return logits
+
+
+def label_index(model_path: str, label: str) -> int:
+    """Position of `label` among a classifier's outputs, read from its configuration alone.
+
+    Raises:
+        ModelError: the configuration cannot be opened or names no such label.
+    """
+    with opening(model_path, "reward_model_path"):
+        labels = AutoConfig.from_pretrained(model_path).id2label
+    for index, name in labels.items():
+        if name.lower() == label.lower():
+            return int(index)
+    raise ModelError(
+        f"the classifier {model_path!r} has no label {label!r}; its labels are {', '.join(labels.values())}. "
+        f"Set reward_label to one of them."
+    )

@@ -1,0 +1,1 @@
+"""Sampling responses and what the update needs to know of them. Knows nothing of rewards."""

@@ -1,0 +1,1 @@
+"""The accelerator, gathering, seeding, signals, tracking. Knows nothing of PPO."""

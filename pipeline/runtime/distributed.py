@@ -1,0 +1,76 @@
+"""The accelerator, and the few collectives the pipeline needs."""
+
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def make_accelerator() -> Accelerator:
+    """The accelerator for what `accelerate launch` set up: CUDA where there is any, else CPU over gloo.
+
+    Raises:
+        RuntimeError: fewer processes joined than were launched.
+    """
+    on_cpu = not torch.cuda.is_available()
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    group = InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=timedelta(minutes=30))
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[group] if launched > 1 else [])
+    if accelerator.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched, but this one sees {accelerator.num_processes}: check "
+            f"distributed_type in the accelerate configuration (accelerate_configs/cpu.yaml is right for CPUs)."
+        )
+    return accelerator
+
+
+def share(accelerator: Accelerator, total: int) -> slice:
+    """This worker's part of `total` samples; `total` is a multiple of the number of workers."""
+    size = total // accelerator.num_processes
+    return slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+
+
+def gather_fields(accelerator: Accelerator, local: T) -> T:
+    """Gather each tensor of a dataclass along its first dimension, in the workers' order, onto every worker."""
+    values = {item.name: getattr(local, item.name) for item in fields(local)}
+    if accelerator.num_processes > 1:
+        values = {name: accelerator.gather(value.contiguous()) for name, value in values.items()}
+    return type(local)(**values)
+
+
+def any_worker(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is true on any worker: the same answer on all of them."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device, dtype=torch.int32)).any())
+
+
+def all_or_none(accelerator: Accelerator, action: Callable[[], T], error_type: type[Exception]) -> T:
+    """Run `action` on every worker; where it raises `error_type` on any of them, raise on all.
+
+    The worker at fault raises its own error, the others one that says so, and nobody waits in a collective.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except error_type as raised:
+        error = raised
+    if any_worker(accelerator, error is not None):
+        raise error or error_type("another worker failed; its message says how.")
+    return result
+
+
+def reduce_stats(accelerator: Accelerator, sums: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
+    """Add `sums` (S,) and take the largest of `maxima` (M,) over the workers."""
+    if accelerator.num_processes == 1:
+        return sums, maxima
+    gathered = accelerator.gather(torch.cat([sums, maxima]).unsqueeze(0))
+    return gathered[:, : len(sums)].sum(0), gathered[:, len(sums) :].amax(0)

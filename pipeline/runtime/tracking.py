@@ -1,0 +1,87 @@
+"""Where rank zero writes a run's figures: `metrics.jsonl`, and wandb when asked."""
+
+import json
+import warnings
+from pathlib import Path
+
+from torch import Tensor
+
+
+class MetricsFile:
+    """One JSON object a step, flushed at once so that a killed run keeps its history."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("w", encoding="utf-8")
+
+    def write(self, metrics: dict[str, float]) -> None:
+        json.dump(metrics, self._file)
+        self._file.write("\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class WandbTracker:
+    """Scalars, the reward histogram and a table of samples.
+
+    Without a login it works offline instead of asking; a failure of wandb is reported once and never stops the run.
+    """
+
+    def __init__(self, *, project: str, name: str, config: dict[str, object], directory: Path):
+        self._run = None
+        self._samples: list[list[object]] = []
+        try:
+            import wandb
+
+            self._wandb = wandb
+            settings = wandb.Settings(silent=True)
+            mode = None
+            if not wandb.setup().settings._offline and not _logged_in(wandb):
+                mode = "offline"
+                print(f"wandb: not logged in, so the run is kept offline under {directory / 'wandb'}; "
+                      f"`wandb login` and `wandb sync` upload it.", flush=True)  # fmt: skip
+            self._run = wandb.init(
+                project=project, name=name, config=config, dir=str(directory), mode=mode, settings=settings
+            )
+        except Exception as error:  # a tracker must not cost anyone a run
+            warnings.warn(f"wandb could not start ({error}); the run goes on without it.", stacklevel=2)
+
+    def log(self, step: int, metrics: dict[str, float], scores: Tensor) -> None:
+        """Log a step's scalars and the histogram of its scores (N,)."""
+        self._try(lambda: self._run.log(
+            {**metrics, "reward/histogram": self._wandb.Histogram(scores.cpu().numpy())}, step=step))  # fmt: skip
+
+    def log_samples(self, step: int, rows: list[tuple[str, str, float]]) -> None:
+        """Add (prompt, response, score) rows to the growing table of samples."""
+        self._samples += [[step, *row] for row in rows]
+        columns = ["step", "prompt", "response", "score"]
+        self._try(lambda: self._run.log(
+            {"samples": self._wandb.Table(columns=columns, data=self._samples)}, step=step))  # fmt: skip
+
+    def log_evaluation(self, figures: dict[str, object], samples: list[list[str]]) -> None:
+        """Store the comparison before/after in the run's summary, and its samples (header first) as a table."""
+        columns = ["prompt", "before", "before score", "after", "after score"]
+        self._try(lambda: self._run.summary.update({"evaluation": figures}))
+        self._try(lambda: self._run.log({"before and after": self._wandb.Table(columns=columns, data=samples[1:])}))
+
+    def finish(self) -> None:
+        """Close the run."""
+        self._try(lambda: self._run.finish())
+
+    def _try(self, action) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._run = None
+            warnings.warn(f"wandb failed ({error}); the run goes on without it.", stacklevel=3)
+
+
+def _logged_in(wandb) -> bool:
+    """Whether there are credentials, without ever asking for them."""
+    try:
+        return bool(wandb.login(prompt=False))
+    except Exception:
+        return False

@@ -1,0 +1,97 @@
+"""Train a language model with PPO: the main job.
+
+    ./launch.sh                                                   # recipes/quickstart.yaml, set-up included
+    ./launch.sh recipes/gpt2_imdb.yaml --learning_rate 1e-5       # any recipe, any setting over it
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m pipeline.train --config recipes/gpt2_imdb.yaml
+
+Writes into output_dir: config.yaml, metrics.jsonl, the tuned model with tokenizer and value head, evaluation.json and
+evaluation.md. Exit codes: 0 finished, or stopped by Ctrl-C with the model saved; 2 a setting, file or reward is at
+fault and nothing was trained; 3 the reward failed in mid-run and what was learned until then is saved.
+"""
+
+import sys
+
+from pipeline.assembly import Data, Parts, build_parts, open_data, parse_config, sampling_warning, user_errors
+from pipeline.config import Config, require_divides_by_workers
+from pipeline.evaluation import evaluate
+from pipeline.models.saving import save_policy
+from pipeline.reporting import Reporter, claim_output_dir
+from pipeline.rewards.protocol import RewardError
+from pipeline.runtime.distributed import make_accelerator
+from pipeline.trainer import PPOTrainer
+
+REWARD_FAILED = 3  # exit code
+
+
+def main() -> int:
+    with user_errors():
+        config = parse_config(__doc__)
+        accelerator = make_accelerator()
+        require_divides_by_workers(config, accelerator.num_processes)
+        data = open_data(config)
+        if accelerator.is_main_process:
+            claim_output_dir(config.output_dir)
+        parts = build_parts(config, data, accelerator.device)
+    trainer = PPOTrainer(
+        accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.training, config
+    )
+    trainer.stop.install()
+    with Reporter(config, enabled=accelerator.is_main_process) as reporter:
+        reporter.console.say(describe(config, data, parts, accelerator))
+        if sampling_warning(config):
+            reporter.console.say(f"warning: {sampling_warning(config)}")
+        code = run(trainer, reporter, config, data, parts)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return code
+
+
+def run(trainer: PPOTrainer, reporter: Reporter, config: Config, data: Data, parts: Parts) -> int:
+    """Train, save, evaluate; return the exit code. Whatever ends the training, what was learned is saved."""
+    accelerator, say = trainer.accelerator, reporter.console.say
+    failure = None
+    try:
+        finished = trainer.train(reporter.step)
+    except RewardError as error:
+        failure = error
+    if accelerator.is_main_process:
+        save_policy(
+            parts.policy,
+            data.tokenizer,
+            config.output_dir,
+            max_new_tokens=config.rollout.response_max_tokens,
+            temperature=config.rollout.temperature,
+        )
+    say(f"The model is saved in {config.output_dir}")
+    if failure is not None:
+        say(f"error: {failure}")
+        return REWARD_FAILED
+    if finished < config.ppo.steps:
+        say(f"Stopped by {trainer.stop.signal_name or 'another worker'} after {finished} of {config.ppo.steps} steps. "
+            f"`python -m pipeline.evaluate {config.output_dir}` compares it with the original.")  # fmt: skip
+        return 0
+    if config.run.evaluation_prompts:
+        evaluation = evaluate(
+            accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config
+        )
+        reporter.evaluation(evaluation)
+    return 0
+
+
+def describe(config: Config, data: Data, parts: Parts, accelerator) -> str:
+    """One paragraph on what this run is and how the work is shared."""
+    trainable = sum(p.numel() for p in parts.policy.parameters() if p.requires_grad)
+    workers, ppo = accelerator.num_processes, config.ppo
+    return (
+        f"{config.model.model_path}: {trainable / 1e6:.2f} M trainable parameters"
+        f"{' (LoRA, sharing the reference)' if parts.reference.is_shared else ' and a frozen reference'}; "
+        f"{len(data.training)} training and {len(data.held_out)} held-out openings.\n"
+        f"{workers} worker{'s' if workers > 1 else ''} on {accelerator.device.type}, precision "
+        f"{accelerator.mixed_precision}: {config.rollout.rollout_batch_size // workers} rollouts and "
+        f"{ppo.minibatch_size // workers} of each minibatch's {ppo.minibatch_size} samples a worker; "
+        f"{ppo.steps} steps of {ppo.ppo_epochs} epochs; writing to {config.output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""The PPO loop: rollout, score, gather, advantages, update, report. Each step is a method below, in that order."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.config import Config
+from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
+from pipeline.models.policy import Policy, Reference
+from pipeline.ppo.advantages import Advantages, compute_advantages, explained_variance
+from pipeline.ppo.kl import adapted_kl_coef, kl_estimate
+from pipeline.rewards.protocol import Reward, RewardError, checked_scores
+from pipeline.rewards.scaling import RunningMoments, shaped_scores
+from pipeline.rollout.rollout import (
+    Responses,
+    Rollout,
+    policy_outputs,
+    reference_logprobs,
+    response_texts,
+    sample_responses,
+)
+from pipeline.rollout.sampling import SamplingOptions
+from pipeline.runtime.distributed import all_or_none, any_worker, gather_fields, share
+from pipeline.runtime.randomness import generator
+from pipeline.runtime.signals import StopRequest
+from pipeline.update import UpdateStats, learning_rate_at, update_policy
+
+# What the trainer tells its caller after each step: (step from 0, metrics, raw scores (N,), sample rows or None).
+SampleRows = list[tuple[str, str, float]]
+Report = Callable[[int, dict[str, float], Tensor, SampleRows], None]
+
+
+def sampling_options(config: Config) -> SamplingOptions:
+    """How a run's recipe samples."""
+    rollout = config.rollout
+    return SamplingOptions(rollout.temperature, rollout.top_k, rollout.top_p, rollout.eos_min_tokens)
+
+
+class PPOTrainer:
+    """PPO on one policy. The small data is replicated: every worker holds the whole rollout batch."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        policy: Policy,
+        reference: Reference,
+        reward: Reward,
+        tokenizer: PreTrainedTokenizerBase,
+        openings: Openings,
+        config: Config,
+    ):
+        ppo = config.ppo
+        trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trainable,
+            lr=ppo.learning_rate,
+            betas=(ppo.adam_beta1, ppo.adam_beta2),
+            eps=ppo.adam_eps,
+            weight_decay=0.0,
+            fused=True,
+        )
+        self.accelerator = accelerator
+        self.policy = policy
+        self.engine, self.optimizer = accelerator.prepare(policy, optimizer)
+        self.reference = reference
+        self.reward = reward
+        self.tokenizer = tokenizer
+        self.openings = openings
+        self.config = config
+        self.kl_coef = ppo.kl_coef
+        self.moments = RunningMoments() if config.reward.reward_scaling else None
+        self.stop = StopRequest()
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def train(self, report: Report) -> int:
+        """Run the steps; return how many were finished (fewer than asked where a signal stopped the run).
+
+        Raises:
+            RewardError: the reward broke its contract; the policy keeps what it learned until then.
+        """
+        for step in range(self.config.ppo.steps):
+            if any_worker(self.accelerator, self.stop.requested):
+                return step
+            self._seconds.clear()
+            with self._timed("step"):
+                prompts = self.draw_prompts(step)
+                with self._timed("sample"):
+                    responses = self.sample(step, prompts)
+                with self._timed("score"):
+                    scores = self.score(prompts, responses)
+                with self._timed("forward"):
+                    rollout = self.gather(self.read(responses, scores))
+                advantages = self.advantages(rollout)
+                with self._timed("update"):
+                    stats = self.update(step, rollout, advantages)
+            metrics = self.metrics(step, rollout, advantages, stats)
+            self.adapt_kl_coef(metrics["kl/sequence_k1"])
+            report(step, metrics, rollout.scores, self.sample_rows(rollout, prompts))
+        return self.config.ppo.steps
+
+    def draw_prompts(self, step: int) -> PromptBatch:
+        """The global batch of prompts of `step`."""
+        data = self.config.data
+        return prompt_batch(
+            self.openings,
+            self.tokenizer,
+            step=step,
+            batch_size=self.config.rollout.rollout_batch_size,
+            min_tokens=data.prompt_min_tokens,
+            max_tokens=data.prompt_max_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            seed=self.config.run.seed,
+        )
+
+    def sample(self, step: int, prompts: PromptBatch) -> Responses:
+        """This worker's share of the responses."""
+        rollout, seed = self.config.rollout, self.config.run.seed
+        mine = share(self.accelerator, len(prompts))
+        uniforms, lengths = sampling_noise(
+            seed, step, len(prompts), rollout.response_min_tokens, rollout.response_max_tokens
+        )
+        with self.accelerator.autocast():
+            return sample_responses(
+                self.policy.model,
+                prompts.slice(mine.start, mine.stop),
+                uniforms[mine],
+                lengths[mine],
+                microbatch_size=rollout.rollout_microbatch_size,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                options=sampling_options(self.config),
+            )
+
+    def score(self, prompts: PromptBatch, responses: Responses) -> Tensor:
+        """Raw scores (n,) of this worker's responses."""
+        mine = share(self.accelerator, len(prompts))
+        texts = prompts.text[mine]
+        continuations = response_texts(responses, texts, self.tokenizer)
+        scores = all_or_none(self.accelerator, lambda: checked_scores(self.reward, texts, continuations), RewardError)
+        return scores.to(self.accelerator.device)
+
+    def read(self, responses: Responses, scores: Tensor) -> Rollout:
+        """This worker's responses with log-probs, values, entropy and reference log-probs."""
+        rollout = self.config.rollout
+        options = {"temperature": rollout.temperature, "microbatch_size": rollout.rollout_microbatch_size}
+        with self.accelerator.autocast():
+            logprobs, values, entropy = policy_outputs(self.policy, responses, **options)
+            ref_logprobs = reference_logprobs(self.reference, responses, **options)
+        return Rollout(**vars(responses), logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
+                       entropy=entropy, scores=scores)  # fmt: skip
+
+    def gather(self, mine: Rollout) -> Rollout:
+        """The global rollout batch, in the order of the prompts, on every worker."""
+        return gather_fields(self.accelerator, mine)
+
+    def advantages(self, rollout: Rollout) -> Advantages:
+        """Rewards with the KL penalty, GAE, whitening over the global batch."""
+        ppo = self.config.ppo
+        return compute_advantages(
+            shaped_scores(rollout.scores, self.moments, self.config.reward.reward_clip),
+            kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1"),
+            rollout.values,
+            rollout.response_mask,
+            kl_coef=self.kl_coef,
+            gamma=ppo.gamma,
+            gae_lambda=ppo.gae_lambda,
+        )
+
+    def update(self, step: int, rollout: Rollout, advantages: Advantages) -> UpdateStats:
+        """Epochs of minibatches."""
+        return update_policy(
+            self.accelerator,
+            self.engine,
+            self.optimizer,
+            rollout,
+            advantages,
+            self.config.ppo,
+            step=step,
+            seed=self.config.run.seed,
+            temperature=self.config.rollout.temperature,
+        )
+
+    def adapt_kl_coef(self, kl: float) -> None:
+        """Move the KL coefficient towards its target where the recipe asks for it."""
+        ppo = self.config.ppo
+        if ppo.kl_adaptive:
+            self.kl_coef = adapted_kl_coef(
+                self.kl_coef,
+                kl,
+                target=ppo.kl_target,
+                horizon=ppo.kl_horizon,
+                samples=self.config.rollout.rollout_batch_size,
+            )
+
+    def metrics(self, step: int, rollout: Rollout, advantages: Advantages, stats: UpdateStats) -> dict[str, float]:
+        """All figures of a step under their public names."""
+        return step_metrics(rollout, advantages, self.tokenizer.eos_token_id) | {
+            "step": step + 1,
+            "episodes": (step + 1) * len(rollout),
+            "kl/coef": self.kl_coef,
+            "ppo/learning_rate": learning_rate_at(step, self.config.ppo),
+            **{f"ppo/{name}": value for name, value in vars(stats).items()},
+            **{f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()},
+            "throughput/samples_per_second": len(rollout) / self._seconds["step"],
+            "throughput/tokens_per_second": rollout.response_mask.sum().item() / self._seconds["step"],
+        }
+
+    def sample_rows(self, rollout: Rollout, prompts: PromptBatch, count: int = 2) -> SampleRows:
+        """The first responses of the batch with their scores."""
+        some = rollout.take(slice(0, count))
+        responses = response_texts(some, prompts.text[:count], self.tokenizer)
+        return list(zip(prompts.text[:count], responses, some.scores.tolist(), strict=True))
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds[phase] += time.perf_counter() - start
+
+
+def sampling_noise(seed: int, step: int, count: int, shortest: int, longest: int) -> tuple[Tensor, Tensor]:
+    """A global batch's noise: uniforms (count, longest) in [0, 1), length limits (count,) in [shortest, longest]."""
+    uniforms = generator(seed, "sampling", step).random((count, longest), dtype="float32")
+    lengths = generator(seed, "response lengths", step).integers(shortest, longest + 1, count)
+    return torch.from_numpy(uniforms), torch.from_numpy(lengths)
+
+
+def step_metrics(rollout: Rollout, advantages: Advantages, eos_token_id: int) -> dict[str, float]:
+    """Figures of a rollout batch: rewards, KL, entropy, lengths, the critic's fit."""
+    mask = rollout.response_mask
+    tokens, samples = mask.sum(), len(rollout)
+    lengths = mask.sum(1)
+    last = rollout.response_tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
+    k1 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
+    k3 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3")
+    figures = {
+        "reward/mean": rollout.scores.mean(),
+        "reward/std": rollout.scores.std(),
+        "reward/min": rollout.scores.min(),
+        "reward/max": rollout.scores.max(),
+        "reward/with_kl_penalty_mean": advantages.rewards.sum() / samples,
+        "kl/sequence_k1": k1.sum() / samples,
+        "kl/sequence_k3": k3.sum() / samples,
+        "kl/token_k1": k1.sum() / tokens,
+        "kl/token_k3": k3.sum() / tokens,
+        "ppo/entropy": rollout.entropy.sum() / tokens,
+        "ppo/value_explained_variance": explained_variance(rollout.values, advantages.returns, mask),
+        "response/length_mean": lengths.float().mean(),
+        "response/length_min": lengths.min(),
+        "response/length_max": lengths.max(),
+        "response/eos_fraction": (last == eos_token_id).float().mean(),
+    }
+    return dict(zip(figures, torch.stack([v.float() for v in figures.values()]).tolist(), strict=True))

@@ -1,0 +1,141 @@
+"""The policy update: epochs of minibatches over one rollout batch, each minibatch one optimiser step."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pipeline.config import PPOSettings
+from pipeline.ppo.advantages import Advantages
+from pipeline.ppo.losses import PPOLoss, ppo_loss
+from pipeline.rollout.rollout import Rollout
+from pipeline.runtime.distributed import reduce_stats, share
+from pipeline.runtime.randomness import generator
+
+SUMS = ("policy_loss", "value_loss", "policy_clipped", "value_clipped", "approx_kl", "ratio")
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """Means over all tokens of all minibatches, the same on every worker."""
+
+    policy_loss: float
+    value_loss: float
+    policy_clip_fraction: float
+    value_clip_fraction: float
+    approx_kl: float  # KL(old || new) per token, nats
+    ratio_mean: float
+    ratio_max: float
+    first_minibatch_ratio_deviation: float  # largest |ratio - 1| before any update: 0 on policy
+    gradient_norm: float  # mean before clipping
+    epochs: int
+    optimizer_steps: int
+
+
+def learning_rate_at(step: int, settings: PPOSettings) -> float:
+    """The learning rate of PPO step `step` (from 0): a function, so there is no scheduler state to save."""
+    warm = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+    left = (settings.steps - step) / settings.steps if settings.learning_rate_schedule == "linear" else 1.0
+    return settings.learning_rate * min(warm, 1.0) * left
+
+
+def update_policy(
+    accelerator: Accelerator,
+    engine: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    advantages: Advantages,
+    settings: PPOSettings,
+    *,
+    step: int,
+    seed: int,
+    temperature: float,
+) -> UpdateStats:
+    """Run the epochs of PPO step `step` on the global rollout batch.
+
+    Every worker holds the whole batch and takes its slice of each minibatch of one global permutation. Losses are sums
+    over tokens divided by the global minibatch's token count, so neither the number of workers nor the microbatch size
+    changes the gradient.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, settings)
+    device = rollout.tokens.device
+    sums = torch.zeros(len(SUMS), device=device)
+    maxima = torch.zeros(2, device=device)
+    tokens_seen = torch.zeros((), device=device)
+    gradient_norm = torch.zeros((), device=device)
+    epochs = optimizer_steps = 0
+    for epoch in range(settings.ppo_epochs):
+        order = generator(seed, f"minibatches of epoch {epoch}", step).permutation(len(rollout))
+        epoch_sums = torch.zeros_like(sums)
+        epoch_tokens = torch.zeros_like(tokens_seen)
+        for minibatch in torch.from_numpy(order).to(device).split(settings.minibatch_size):
+            tokens = rollout.response_mask[minibatch].sum()
+            mine = minibatch[share(accelerator, len(minibatch))]
+            first = optimizer_steps == 0
+            for loss in _backward(
+                accelerator, engine, rollout, advantages, settings, mine, tokens, temperature=temperature
+            ):
+                epoch_sums += torch.stack([getattr(loss, name).float() for name in SUMS])
+                maxima[0] = torch.maximum(maxima[0], loss.ratio_max)
+                if first:
+                    maxima[1] = torch.maximum(maxima[1], loss.ratio_deviation)
+            gradient_norm += accelerator.clip_grad_norm_(engine.parameters(), settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            epoch_tokens += tokens
+            optimizer_steps += 1
+        epochs += 1
+        epoch_sums, maxima = reduce_stats(accelerator, epoch_sums, maxima)
+        sums += epoch_sums
+        tokens_seen += epoch_tokens
+        epoch_kl = epoch_sums[SUMS.index("approx_kl")] / epoch_tokens
+        if settings.kl_early_stop is not None and epoch_kl > settings.kl_early_stop:
+            break
+    means = (sums / tokens_seen).tolist()
+    return UpdateStats(
+        *means,
+        *maxima.tolist(),
+        gradient_norm=(gradient_norm / optimizer_steps).item(),
+        epochs=epochs,
+        optimizer_steps=optimizer_steps,
+    )
+
+
+def _backward(
+    accelerator: Accelerator,
+    engine: nn.Module,
+    rollout: Rollout,
+    advantages: Advantages,
+    settings: PPOSettings,
+    mine: Tensor,
+    minibatch_tokens: Tensor,
+    *,
+    temperature: float,
+) -> list[PPOLoss]:
+    """Accumulate this worker's part of one minibatch's gradient; workers exchange it with the last microbatch only."""
+    losses = []
+    microbatches = mine.split(settings.microbatch_size)
+    for i, index in enumerate(microbatches):
+        part = rollout.take(index)
+        is_last = i + 1 == len(microbatches)
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(engine):
+            outputs = engine(part.tokens, part.mask, part.response_tokens.shape[1], temperature)
+            loss = ppo_loss(
+                outputs.logprobs,
+                outputs.values,
+                part.logprobs,
+                part.values,
+                advantages.advantages[index],
+                advantages.returns[index],
+                part.response_mask,
+                clip_range=settings.clip_range,
+                value_clip_range=settings.value_clip_range,
+                value_coef=settings.value_coef,
+            )
+            # Data parallelism averages gradients over the workers; the minibatch wants their sum.
+            accelerator.backward(loss.loss * accelerator.num_processes / minibatch_tokens)
+        losses.append(loss)
+    return losses
