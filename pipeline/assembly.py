@@ -1,9 +1,7 @@
 """From a recipe to the parts of a run, cheap checks first."""
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,19 +10,17 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from pipeline.config import SECTIONS, Config, ConfigError
+from pipeline.config import SECTIONS, Config
 from pipeline.data.prompts import Openings, make_openings
-from pipeline.data.sources import DataError, load_reviews
+from pipeline.data.sources import load_reviews
 from pipeline.models.building import build_policy_and_reference
-from pipeline.models.loading import LoraSettings, ModelError, check_context, load_config, load_tokenizer
+from pipeline.models.loading import LoraSettings, check_context, load_config, load_tokenizer
 from pipeline.models.policy import Policy, Reference
 from pipeline.rewards.loading import SENTIMENT, load_function, load_reward
-from pipeline.rewards.protocol import Reward, RewardError, checked_measures, checked_scores
+from pipeline.rewards.protocol import Reward, checked_measures, checked_scores
 from pipeline.rewards.sentiment import label_index
 from pipeline.runtime.command import parse_recipe
 from pipeline.trainer import sampling_options
-
-BAD_SETTINGS = 2  # exit code
 
 # The bars of the libraries would tear the run's own.
 transformers_logging.disable_progress_bar()
@@ -47,17 +43,6 @@ class Parts:
     policy: Policy
     reference: Reference
     reward: Reward
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """End the program with one line and exit code 2 where a setting, a file or a reward is at fault."""
-    try:
-        yield
-    except (ConfigError, DataError, ModelError, RewardError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(BAD_SETTINGS)
 
 
 def parse_config(description: str, arguments: Sequence[str] | None = None) -> Config:

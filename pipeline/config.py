@@ -12,8 +12,10 @@ from typing import Literal
 
 import yaml
 
+from pipeline.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """A setting cannot be used; the message names it, the value and the remedy."""
 
 

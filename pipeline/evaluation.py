@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
 from pipeline.models.policy import Policy, Reference
 from pipeline.ppo.kl import kl_estimate
-from pipeline.rewards.protocol import Reward, RewardError, checked_measures
+from pipeline.rewards.protocol import Reward, checked_measures
 from pipeline.rollout.rollout import (
     Responses,
     policy_outputs,
@@ -172,7 +172,7 @@ def _side(
         ref_logprobs = reference_logprobs(reference, responses, **options)
         logprobs = ref_logprobs if policy is None else policy_outputs(policy, responses, **options)[0]
     texts = response_texts(responses, prompts.text[mine], tokenizer)
-    measures = all_or_none(accelerator, lambda: checked_measures(reward, prompts.text[mine], texts), RewardError)
+    measures = all_or_none(accelerator, lambda: checked_measures(reward, prompts.text[mine], texts))
     local = _Side(
         **vars(responses),
         measures=torch.stack(list(measures.values()), 1).to(accelerator.device),

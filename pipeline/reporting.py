@@ -33,6 +33,14 @@ def claim_output_dir(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
 
 
+def show_evaluation(console: Console, evaluation: Evaluation, directory: Path) -> None:
+    """Write the comparison into `directory` and print its figures and some samples."""
+    write_evaluation(evaluation, directory)
+    console.table("Samples before and after", samples_table(evaluation, 6))
+    console.table("Before and after", figures_table(evaluation))
+    console.say(f"Written to {directory / 'evaluation.json'} and {directory / 'evaluation.md'}")
+
+
 class Reporter:
     """Reports a run; with `enabled=False` (every rank but zero) it does nothing."""
 
@@ -93,8 +101,6 @@ class Reporter:
         """Write and show the comparison before/after."""
         if not self.enabled:
             return
-        write_evaluation(evaluation, self.directory)
-        self.console.table("Samples before and after", samples_table(evaluation, 6))
-        self.console.table("Before and after", figures_table(evaluation))
+        show_evaluation(self.console, evaluation, self.directory)
         if self._wandb is not None:
             self._wandb.log_evaluation(evaluation.figures, samples_table(evaluation, 20))

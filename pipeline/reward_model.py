@@ -9,7 +9,6 @@ cut off continues from its newest checkpoint in `output_dir`.
 """
 
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from pipeline.data.sources import DataError, Reviews, load_reviews, split_held_out
+from pipeline.errors import user_errors
 from pipeline.models.card import write_model_card
 from pipeline.models.loading import ModelError
 from pipeline.models.scratch import new_config, new_tokenizer
@@ -234,10 +234,11 @@ def main() -> None:
         command=command_line("pipeline.reward_model"),
         figures={"training texts": len(training), **figures},
         limits="Trained on films only, in English, lower-cased. A policy trained against it finds words it overrates; "
-        f"read the samples. Inputs are at most {arguments.max_window} tokens; longer texts are judged by the mean logits "
-        "of their windows in the figures above, and cut by the reward.",
+        f"read the samples. Inputs are at most {arguments.max_window} tokens; longer texts are judged by the mean "
+        "logits of their windows in the figures above, and cut by the reward.",
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with user_errors():
+        main()

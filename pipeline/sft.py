@@ -8,7 +8,6 @@ cut off continues from its newest checkpoint in `output_dir`.
 """
 
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.data.sources import Reviews, load_reviews, split_held_out
+from pipeline.errors import user_errors
 from pipeline.models.card import write_model_card
 from pipeline.models.loading import ModelError
 from pipeline.models.scratch import new_config, new_tokenizer
@@ -157,4 +157,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with user_errors():
+        main()

@@ -5,54 +5,59 @@
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m pipeline.train --config recipes/gpt2_imdb.yaml
 
 Writes into output_dir: config.yaml, metrics.jsonl, the tuned model with tokenizer and value head, evaluation.json and
-evaluation.md. Exit codes: 0 finished, or stopped by Ctrl-C with the model saved; 2 a setting, file or reward is at
-fault and nothing was trained; 3 the reward failed in mid-run and what was learned until then is saved.
+evaluation.md. Exit codes: 0 finished, or stopped by a signal with the model saved (launch.sh: 130 after Ctrl-C); 2 a
+setting, file or reward is at fault and nothing was trained; 3 the reward failed in mid-run and what was learned until
+then is saved.
 """
 
-import sys
+from accelerate import Accelerator
 
-from pipeline.assembly import Data, Parts, build_parts, open_data, parse_config, sampling_warning, user_errors
+from pipeline.assembly import Data, Parts, build_parts, open_data, parse_config, sampling_warning
 from pipeline.config import Config, require_divides_by_workers
+from pipeline.errors import REWARD_FAILED, UserError, leave, user_errors
 from pipeline.evaluation import evaluate
 from pipeline.models.saving import save_policy
 from pipeline.reporting import Reporter, claim_output_dir
-from pipeline.rewards.protocol import RewardError
-from pipeline.runtime.distributed import make_accelerator
+from pipeline.runtime.distributed import all_or_none, make_accelerator
 from pipeline.trainer import PPOTrainer
 
-REWARD_FAILED = 3  # exit code
 
-
-def main() -> int:
+def main() -> None:
     with user_errors():
         config = parse_config(__doc__)
         accelerator = make_accelerator()
-        require_divides_by_workers(config, accelerator.num_processes)
-        data = open_data(config)
-        if accelerator.is_main_process:
-            claim_output_dir(config.output_dir)
-        parts = build_parts(config, data, accelerator.device)
+        data, parts = all_or_none(accelerator, lambda: prepare(config, accelerator))
     trainer = PPOTrainer(
         accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.training, config
     )
     trainer.stop.install()
     with Reporter(config, enabled=accelerator.is_main_process) as reporter:
         reporter.console.say(describe(config, data, parts, accelerator))
-        if sampling_warning(config):
-            reporter.console.say(f"warning: {sampling_warning(config)}")
-        code = run(trainer, reporter, config, data, parts)
+        if warning := sampling_warning(config):
+            reporter.console.say(f"warning: {warning}")
+        failure = run(trainer, reporter, config, data, parts)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return code
+    if failure is not None:
+        leave(REWARD_FAILED, failure)
 
 
-def run(trainer: PPOTrainer, reporter: Reporter, config: Config, data: Data, parts: Parts) -> int:
-    """Train, save, evaluate; return the exit code. Whatever ends the training, what was learned is saved."""
+def prepare(config: Config, accelerator: Accelerator) -> tuple[Data, Parts]:
+    """Check everything, then load it; raises `UserError`."""
+    require_divides_by_workers(config, accelerator.num_processes)
+    data = open_data(config)
+    if accelerator.is_main_process:
+        claim_output_dir(config.output_dir)
+    return data, build_parts(config, data, accelerator.device)
+
+
+def run(trainer: PPOTrainer, reporter: Reporter, config: Config, data: Data, parts: Parts) -> UserError | None:
+    """Train, save, evaluate. What was learned is saved also where the reward fails; its error is returned then."""
     accelerator, say = trainer.accelerator, reporter.console.say
-    failure = None
+    failure, finished = None, 0
     try:
         finished = trainer.train(reporter.step)
-    except RewardError as error:
+    except UserError as error:
         failure = error
     if accelerator.is_main_process:
         save_policy(
@@ -64,22 +69,24 @@ def run(trainer: PPOTrainer, reporter: Reporter, config: Config, data: Data, par
         )
     say(f"The model is saved in {config.output_dir}")
     if failure is not None:
-        say(f"error: {failure}")
-        return REWARD_FAILED
+        return failure
     if finished < config.ppo.steps:
         say(f"Stopped by {trainer.stop.signal_name or 'another worker'} after {finished} of {config.ppo.steps} steps. "
             f"`python -m pipeline.evaluate {config.output_dir}` compares it with the original.")  # fmt: skip
-        return 0
-    if config.run.evaluation_prompts:
-        evaluation = evaluate(
-            accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config
-        )
-        reporter.evaluation(evaluation)
-    return 0
+    elif config.run.evaluation_prompts:
+        try:
+            reporter.evaluation(
+                evaluate(
+                    accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config
+                )
+            )
+        except UserError as error:
+            return error
+    return None
 
 
-def describe(config: Config, data: Data, parts: Parts, accelerator) -> str:
-    """One paragraph on what this run is and how the work is shared."""
+def describe(config: Config, data: Data, parts: Parts, accelerator: Accelerator) -> str:
+    """What this run is and how the work is shared."""
     trainable = sum(p.numel() for p in parts.policy.parameters() if p.requires_grad)
     workers, ppo = accelerator.num_processes, config.ppo
     return (
@@ -94,4 +101,4 @@ def describe(config: Config, data: Data, parts: Parts, accelerator) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

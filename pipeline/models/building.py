@@ -1,9 +1,13 @@
-"""Policy and reference from a recipe's model settings."""
+"""Policy and reference, fresh from a recipe's model settings or back from a finished run."""
+
+from pathlib import Path
 
 import torch
+from peft import PeftModel
 
-from pipeline.models.loading import LoraSettings, add_lora, load_causal_lm
+from pipeline.models.loading import LoraSettings, ModelError, add_lora, load_causal_lm, opening
 from pipeline.models.policy import Policy, Reference
+from pipeline.models.saving import VALUE_HEAD_FILE, load_value_head
 
 
 def build_policy_and_reference(
@@ -22,5 +26,24 @@ def build_policy_and_reference(
         reference = Reference(model)
     else:
         reference = Reference(load_causal_lm(path).requires_grad_(False).to(device))
-    policy = Policy(model).eval().to(device)
-    return policy, reference
+    return Policy(model).eval().to(device), reference
+
+
+def load_tuned(path: str, directory: Path, *, use_peft: bool, device: torch.device | str) -> tuple[Policy, Reference]:
+    """Load what `save_policy` wrote into `directory`, and the model at `path` it was trained from.
+
+    Raises:
+        ModelError: either cannot be opened, or `directory` holds no finished run.
+    """
+    if not (directory / VALUE_HEAD_FILE).is_file():
+        raise ModelError(f"{str(directory)!r} holds no trained model (no {VALUE_HEAD_FILE}); give a finished run.")
+    original = load_causal_lm(path)
+    if use_peft:
+        with opening(str(directory), "the adapter"):
+            model = PeftModel.from_pretrained(original, directory).eval()
+        reference = Reference(model)
+    else:
+        model, reference = load_causal_lm(str(directory)), Reference(original.requires_grad_(False).to(device))
+    policy = Policy(model).eval()
+    load_value_head(policy, directory)
+    return policy.to(device), reference

@@ -16,8 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pipeline.errors import UserError
 
-class ModelError(ValueError):
+
+class ModelError(UserError, ValueError):
     """A model cannot be used as asked; the message names the value and the remedy."""
 
 

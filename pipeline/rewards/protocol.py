@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
+
 # (prompts, responses) -> one score each; the text to judge is prompt + response.
 Reward = Callable[[list[str], list[str]], "Sequence[float] | Tensor"]
 
 
-class RewardError(RuntimeError):
+class RewardError(UserError, RuntimeError):
     """A reward function broke its contract; the message names the function and what it did."""
 
 

@@ -3,8 +3,12 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+import yaml
 from trl import TrlParser
+
+from pipeline.errors import UserError
 
 
 def parse_recipe(
@@ -14,15 +18,23 @@ def parse_recipe(
 
     `defaults` replace those of the dataclasses and yield to the recipe.
 
-    An unknown key, an unreadable file or a value of the wrong type ends the program with one line and exit code 2.
+    Raises:
+        UserError: an unknown key, an unreadable file, a value of the wrong type.
     """
     parser = TrlParser(dataclass_types, description=description.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE.yaml", help="Recipe whose keys are the options below.")
     parser.set_defaults(**defaults)
+    parser.error = _raise  # argparse would print all options before the one line that matters
     try:
         return parser.parse_args_and_config(arguments)[: len(dataclass_types)]
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except UserError:
+        raise
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        raise UserError(str(error)) from error
+
+
+def _raise(message: str) -> NoReturn:
+    raise UserError(message)
 
 
 def command_line(module: str) -> str:

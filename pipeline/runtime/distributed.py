@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
+from pipeline.errors import OtherWorkerError, UserError
+
 T = TypeVar("T")
 
 
@@ -53,18 +55,18 @@ def any_worker(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device, dtype=torch.int32)).any())
 
 
-def all_or_none(accelerator: Accelerator, action: Callable[[], T], error_type: type[Exception]) -> T:
-    """Run `action` on every worker; where it raises `error_type` on any of them, raise on all.
+def all_or_none(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Run `action` on every worker; where it raises a `UserError` on any of them, raise on all.
 
-    The worker at fault raises its own error, the others one that says so, and nobody waits in a collective.
+    The worker at fault raises its own error, the others `OtherWorkerError`, and nobody waits in a collective.
     """
     result, error = None, None
     try:
         result = action()
-    except error_type as raised:
+    except UserError as raised:
         error = raised
     if any_worker(accelerator, error is not None):
-        raise error or error_type("another worker failed; its message says how.")
+        raise error or OtherWorkerError("another worker failed; its message says how.")
     return result
 
 

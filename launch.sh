@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Sets up an environment, then trains or tests. `./launch.sh --help` says how.
+set -euo pipefail
+
+usage() {
+  cat <<'HELP'
+./launch.sh                                     train recipes/quickstart.yaml: a small GPT-2, minutes on two CPU cores
+./launch.sh recipes/X.yaml [--setting value …]  train any recipe; settings given here win over the recipe's
+./launch.sh test [pytest arguments]             run the tests
+./launch.sh setup                               make the environment and stop
+
+Launcher options, before or after the recipe:
+  --config NAME          accelerate_configs/NAME.yaml, or a path; by default cpu, single_gpu or multi_gpu by what is here
+  --num_processes N      workers on this machine; by default one a GPU, or two on CPU
+  --mixed_precision P    no, bf16 or fp16
+All other options are the run's own: python -m pipeline.train --help
+
+The environment: the active virtual or conda environment, else .venv here, made when missing. requirements.txt is installed
+once, and again when it changes. Set PYTHON to choose the interpreter that makes .venv.
+HELP
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$root"
+
+fail() { echo "launch.sh: $*" >&2; exit 2; }
+
+set_up() {
+  local environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
+  if [ -z "$environment" ]; then
+    environment="$root/.venv"
+    if [ ! -x "$environment/bin/python" ]; then
+      local python="${PYTHON:-python3}"
+      "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        fail "$python is missing or older than Python 3.11. Set PYTHON to a newer one: PYTHON=python3.12 ./launch.sh"
+      echo "Making the environment $environment" >&2
+      "$python" -m venv "$environment"
+    fi
+  fi
+  PATH="$environment/bin:$PATH"
+  export VIRTUAL_ENV="$environment" PATH
+  local stamp="$environment/.requirements-installed"
+  if ! cmp -s requirements.txt "$stamp"; then
+    echo "Installing requirements.txt into $environment (some minutes the first time)" >&2
+    python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt "$stamp"
+  fi
+}
+
+tune_cpu() { # $1: processes on this machine
+  local cores
+  cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}"
+  # glibc hands large tensors back to the kernel after each operation; keeping them saves a third of the time on CPU.
+  export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-8589934592}"
+  export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
+}
+
+train() {
+  local recipe="" config="" processes="" precision="" settings=()
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --config) config="${2:?--config needs a name}"; shift 2 ;;
+      --num_processes) processes="${2:?--num_processes needs a number}"; shift 2 ;;
+      --mixed_precision) precision="${2:?--mixed_precision needs no, bf16 or fp16}"; shift 2 ;;
+      *.yaml | *.yml)
+        if [ -z "$recipe" ]; then recipe="$1"; else settings+=("$1"); fi
+        shift ;;
+      *) settings+=("$1"); shift ;;
+    esac
+  done
+  recipe="${recipe:-recipes/quickstart.yaml}"
+  [ -f "$recipe" ] || fail "there is no recipe $recipe; those shipped: $(echo recipes/*.yaml)"
+  local gpus=0
+  if command -v nvidia-smi >/dev/null 2>&1; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); fi
+  if [ -z "$config" ]; then
+    case "$gpus" in 0) config=cpu ;; 1) config=single_gpu ;; *) config=multi_gpu; processes="${processes:-$gpus}" ;; esac
+  fi
+  local file="$config"
+  [ -f "$file" ] || file="accelerate_configs/$config.yaml"
+  [ -f "$file" ] || fail "there is no accelerate configuration $config; those shipped: $(echo accelerate_configs/*.yaml)"
+  set_up
+  [ "$gpus" -gt 0 ] || tune_cpu "${processes:-2}"
+
+  local command=(accelerate launch --quiet --config_file "$file")
+  # A port of its own lets several runs share a machine; asking for port 0 would be refused by a static rendezvous.
+  command+=(--main_process_port "$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')")
+  [ -z "$processes" ] || command+=(--num_processes "$processes")
+  [ -z "$precision" ] || command+=(--mixed_precision "$precision")
+  command+=(-m pipeline.train --config "$recipe" ${settings[@]+"${settings[@]}"})
+
+  # Workers leave exit code and message here; see pipeline/errors.py.
+  PIPELINE_STATUS_FILE="$(mktemp -d)/status"
+  export PIPELINE_STATUS_FILE
+
+  # Ctrl-C is for the workers, which finish their step and save; the launcher would kill them. So the launcher gets a process
+  # group of its own, out of the terminal's reach, and this script passes the signal on.
+  local interrupted="" status=0 launcher
+  set -m
+  "${command[@]}" &
+  launcher=$!
+  set +m
+  trap 'interrupted=1; pkill -INT -P "$launcher" || true' INT
+  trap 'pkill -TERM -P "$launcher" || true' TERM
+  while :; do
+    wait "$launcher" && status=0 || status=$?
+    kill -0 "$launcher" 2>/dev/null || break
+  done
+  if [ -f "$PIPELINE_STATUS_FILE" ]; then
+    status=$(head -n 1 "$PIPELINE_STATUS_FILE")
+    tail -n +2 "$PIPELINE_STATUS_FILE" >&2
+  fi
+  rm -rf "$(dirname "$PIPELINE_STATUS_FILE")"
+  [ -z "$interrupted" ] || exit 130
+  exit "$status"
+}
+
+case "${1:-}" in
+  -h | --help | help) usage ;;
+  setup) set_up ;;
+  test)
+    shift
+    set_up
+    tune_cpu 1
+    export HF_HUB_OFFLINE=1
+    exec python -m pytest "$@"
+    ;;
+  *) train "$@" ;;
+esac

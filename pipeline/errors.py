@@ -1,0 +1,48 @@
+"""Errors that are the user's to mend, and how a program ends on them."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+BAD_SETTINGS = 2
+REWARD_FAILED = 3
+
+STATUS_FILE_VARIABLE = "PIPELINE_STATUS_FILE"
+
+
+class UserError(Exception):
+    """A setting, a file, a model or a reward is at fault; the message names it, the value and the remedy."""
+
+
+class OtherWorkerError(UserError):
+    """This worker is well, another one has a `UserError` and says so."""
+
+
+def leave(code: int, error: UserError) -> None:
+    """End the program with one `error:` line and `code`.
+
+    Under launch.sh the first worker at fault leaves both in a file instead, for launch.sh to tell when all have ended:
+    a launcher would answer a bad exit code by killing the workers that have not spoken yet, and with a traceback.
+    """
+    told = os.environ.get(STATUS_FILE_VARIABLE)
+    if isinstance(error, OtherWorkerError):
+        sys.exit(0 if told else code)
+    if not told:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(code)
+    try:
+        with open(told, "x", encoding="utf-8") as file:
+            file.write(f"{code}\nerror: {error}\n")
+    except FileExistsError:
+        pass
+    sys.exit(0)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a `UserError` into one line and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        leave(BAD_SETTINGS, error)

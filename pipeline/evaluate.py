@@ -1,0 +1,66 @@
+"""Compare a finished run's model with the original on held-out prompts.
+
+    python -m pipeline.evaluate runs/quickstart
+    python -m pipeline.evaluate runs/quickstart --evaluation_prompts 2000
+
+The run's own config.yaml says how; settings given here win over it. Prints the comparison and writes evaluation.json
+and evaluation.md into the run's directory, as the end of every training does.
+"""
+
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from pipeline.assembly import Data, Parts, open_data, open_reward, parse_config
+from pipeline.config import Config, ConfigError
+from pipeline.errors import user_errors
+from pipeline.evaluation import evaluate
+from pipeline.models.building import load_tuned
+from pipeline.reporting import CONFIG_FILE, show_evaluation
+from pipeline.runtime.console import Console
+from pipeline.runtime.distributed import all_or_none, make_accelerator
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:2]):
+        print(__doc__)
+        return
+    with user_errors():
+        run, config = open_run(sys.argv[1:])
+        accelerator = make_accelerator()
+        data, parts = all_or_none(accelerator, lambda: prepare(run, config, accelerator))
+        evaluation = evaluate(
+            accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config
+        )
+    if accelerator.is_main_process:
+        show_evaluation(Console(0, enabled=True), evaluation, run)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def open_run(arguments: list[str]) -> tuple[Path, Config]:
+    """Read the run's directory and its settings; raises `ConfigError`."""
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError("name the run to evaluate: python -m pipeline.evaluate runs/quickstart [--setting value …]")
+    run = Path(arguments[0])
+    if not (run / CONFIG_FILE).is_file():
+        raise ConfigError(f"{str(run)!r} is not a run: it has no {CONFIG_FILE}.")
+    config = parse_config(__doc__, ["--config", str(run / CONFIG_FILE), *arguments[1:]])
+    if config.run.evaluation_prompts < 1:
+        raise ConfigError("evaluation_prompts=0 leaves nothing to evaluate; give --evaluation_prompts 512.")
+    return run, config
+
+
+def prepare(run: Path, config: Config, accelerator: Accelerator) -> tuple[Data, Parts]:
+    """Load the prompts, the reward and both models; raises `UserError`."""
+    data = open_data(config)
+    reward = open_reward(config, data, accelerator.device)
+    policy, reference = load_tuned(
+        config.model.model_path, run, use_peft=config.model.use_peft, device=accelerator.device
+    )
+    return data, Parts(policy, reference, reward)
+
+
+if __name__ == "__main__":
+    main()
