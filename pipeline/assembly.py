@@ -108,10 +108,11 @@ def open_reward(config: Config, data: Data, device: torch.device) -> Reward:
 def build_parts(config: Config, data: Data, device: torch.device) -> Parts:
     """Load reward, policy and reference onto `device`; raises as `open_reward` and `build_policy_and_reference` do."""
     reward = open_reward(config, data, device)
+    model = config.model
     lora = None
-    if config.model.use_peft:
-        lora = LoraSettings(config.model.lora_r, config.model.lora_alpha, config.model.lora_target_modules)
-    policy, reference = build_policy_and_reference(config.model.model_path, lora=lora, device=device)
+    if model.use_peft:
+        lora = LoraSettings(model.lora_r, model.lora_alpha, model.lora_target_modules, config.run.seed)
+    policy, reference = build_policy_and_reference(model.model_path, lora=lora, device=device)
     return Parts(policy, reference, reward)
 
 

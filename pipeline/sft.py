@@ -101,7 +101,7 @@ def continuations(model, tokenizer, texts: list[str], *, prompt_tokens: int = 4,
             attention_mask=torch.ones_like(prompt, device=model.device),
             do_sample=True,
             top_k=0,
-            max_new_tokens=new_tokens,
+            max_new_tokens=min(new_tokens, tokenizer.model_max_length - prompt.shape[1]),
             pad_token_id=tokenizer.eos_token_id,
         )
         samples.append(tokenizer.decode(tokens[0], skip_special_tokens=True))

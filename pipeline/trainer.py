@@ -26,7 +26,7 @@ from pipeline.rollout.rollout import (
     sample_responses,
 )
 from pipeline.rollout.sampling import SamplingOptions
-from pipeline.runtime.distributed import all_or_none, any_worker, gather_fields, share
+from pipeline.runtime.distributed import all_or_none, any_worker, gather_fields, peak_memory_gigabytes, share
 from pipeline.runtime.randomness import generator
 from pipeline.runtime.signals import StopRequest
 from pipeline.update import UpdateStats, learning_rate_at, update_policy
@@ -207,6 +207,7 @@ class PPOTrainer:
             "ppo/learning_rate": learning_rate_at(step, self.config.ppo),
             **{f"ppo/{name}": value for name, value in vars(stats).items()},
             **{f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()},
+            "memory/peak_gigabytes": peak_memory_gigabytes(self.accelerator.device),
             "throughput/samples_per_second": len(rollout) / self._seconds["step"],
             "throughput/tokens_per_second": rollout.response_mask.sum().item() / self._seconds["step"],
         }

@@ -33,7 +33,7 @@ def make_reviews(count: int = 80) -> Reviews:
     """Different made-up reviews of more than 200 characters, half of them positive."""
     generator = torch.Generator().manual_seed(0)
     texts = []
-    for i in range(count):
+    for _ in range(count):
         picks = torch.randint(len(WORDS), (60,), generator=generator).tolist()
         texts.append(" ".join(WORDS[p] for p in picks))
     return Reviews(texts, [i % 2 for i in range(count)])

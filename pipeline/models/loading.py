@@ -53,6 +53,7 @@ class LoraSettings:
     rank: int
     alpha: int
     target_modules: list[str] | None  # None: PEFT's choice for the architecture
+    seed: int  # of the adapters' initial weights
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -99,6 +100,8 @@ def load_causal_lm(path: str) -> nn.Module:
 def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     """Wrap `model` with fresh LoRA adapters, the only weights left trainable.
 
+    Their initial weights follow from the seed, so every worker and every repetition starts from the same ones.
+
     Raises:
         ModelError: PEFT knows no target modules for the architecture, or finds none of those named.
     """
@@ -111,7 +114,9 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
         fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D keeps weights transposed
     )
     try:
-        return get_peft_model(model, config).eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            return get_peft_model(model, config).eval()
     except ValueError as error:
         raise ModelError(
             f"lora_target_modules={settings.target_modules} does not fit {model.config.model_type}: {error}"

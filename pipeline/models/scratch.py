@@ -1,13 +1,14 @@
 """A tokenizer and a model from scratch, in the shape of any architecture transformers knows."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
 
 from transformers import CONFIG_MAPPING, TOKENIZER_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.models.loading import ModelError
 
 
-def new_tokenizer(model_type: str, texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+def new_tokenizer(model_type: str, texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """Train the tokenizer an architecture uses (byte-level BPE for gpt2, uncased WordPiece for distilbert) on `texts`.
 
     Raises:
@@ -18,7 +19,7 @@ def new_tokenizer(model_type: str, texts: Iterable[str], vocab_size: int) -> Pre
         raise ModelError(f"model_type={model_type!r} has no tokenizer to train; gpt2 and distilbert do, for example.")
     blank = TOKENIZER_MAPPING[CONFIG_MAPPING[model_type]]()
     tokenizer = blank.train_new_from_iterator(texts, vocab_size, show_progress=False)
-    probe = "the best film of the year"
+    probe = " ".join(re.findall("[a-z]+", texts[0].lower())[:8])
     if len(tokenizer) > vocab_size or tokenizer.decode(tokenizer(probe, add_special_tokens=False).input_ids) != probe:
         raise ModelError(f"the tokenizer trained for {model_type!r} ({len(tokenizer)} tokens) does not round-trip.")
     return tokenizer

@@ -45,7 +45,8 @@ def ppo_loss(
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     policy_loss = torch.where(mask, torch.maximum(unclipped, clipped), 0.0).sum()
 
-    clipped_values = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
+    change = values - old_values
+    clipped_values = old_values + change.clamp(-value_clip_range, value_clip_range)
     error, clipped_error = (values - returns).square(), (clipped_values - returns).square()
     value_loss = 0.5 * torch.where(mask, torch.maximum(error, clipped_error), 0.0).sum()
     loss = policy_loss + value_coef * value_loss
@@ -58,7 +59,7 @@ def ppo_loss(
             policy_loss=policy_loss.detach(),
             value_loss=value_loss.detach(),
             policy_clipped=(mask & (clipped > unclipped)).sum(),
-            value_clipped=(mask & (clipped_error > error)).sum(),
+            value_clipped=(mask & (change.abs() > value_clip_range) & (clipped_error > error)).sum(),
             approx_kl=approx_kl,
             ratio=torch.where(mask, ratio, 0.0).sum(),
             ratio_max=torch.where(mask, ratio, 0.0).max(),

@@ -1,6 +1,8 @@
 """The accelerator, and the few collectives the pipeline needs."""
 
 import os
+import resource
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from datetime import timedelta
@@ -32,6 +34,14 @@ def make_accelerator() -> Accelerator:
             f"distributed_type in the accelerate configuration (accelerate_configs/cpu.yaml is right for CPUs)."
         )
     return accelerator
+
+
+def peak_memory_gigabytes(device: torch.device) -> float:
+    """This process's peak so far, in 1e9 bytes: of tensors on CUDA, else of resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def share(accelerator: Accelerator, total: int) -> slice:

@@ -1,0 +1,62 @@
+"""Does the full recipe fit this machine? Three PPO steps of a 124 M GPT-2 with the shapes of recipes/gpt2_imdb.yaml.
+
+    python -m benchmarks.full_size                       # full fine-tuning
+    python -m benchmarks.full_size recipes/gpt2_imdb_lora.yaml
+
+The weights are random (memory and time do not depend on them), the reward model is the shipped one, and prompts are cut
+with the shipped tokenizer. Prints seconds a step and the peak memory of the process, and writes them to
+benchmarks/results/full_size_<recipe>.json with the hardware.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    recipe = Path(sys.argv[1] if len(sys.argv) > 1 else "recipes/gpt2_imdb.yaml")
+    with tempfile.TemporaryDirectory() as folder:
+        model, run = Path(folder) / "gpt2", Path(folder) / "run"
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/gpt2-imdb-mini")
+        tokenizer.save_pretrained(model)
+        config = GPT2Config(eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.eos_token_id)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(model)
+        command = [
+            "accelerate",
+            "launch",
+            "--config_file",
+            "accelerate_configs/single_gpu.yaml",
+            "-m",
+            "pipeline.train",
+        ]
+        command += ["--config", str(recipe), "--model_path", str(model), "--output_dir", str(run), "--steps", "3"]
+        command += ["--reward_model_path", "assets/distilbert-imdb-mini", "--dataset", "movie-reviews"]
+        subprocess.run([*command, "--evaluation_prompts", "0"], cwd=ROOT, check=True)
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    result = {
+        "recipe": str(recipe),
+        "parameters": 124_439_808,
+        "steps": len(steps),
+        "seconds_per_step": [round(step["time/step_seconds"], 1) for step in steps],
+        "peak_gigabytes": round(steps[-1]["memory/peak_gigabytes"], 2),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
+    print(json.dumps(result, indent=2))
+    name = f"full_size_{recipe.stem}.json"
+    (ROOT / "benchmarks/results" / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`pipeline.sft` and `pipeline.reward_model` from scratch on tiny shapes: train, get cut off, resume, save, card."""
+
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from pipeline import reward_model, sft
+from pipeline.models.loading import ModelError
+
+SHARED = ["--per_device_train_batch_size", "8", "--save_steps", "4", "--logging_steps", "1", "--save_total_limit", "1"]
+SHARED += ["--eval_strategy", "steps", "--eval_steps", "50"]
+SHARED += ["--report_to", "none", "--disable_tqdm", "true"]
+
+
+def run(monkeypatch, module, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+    module.main()
+
+
+def test_sft_from_scratch_resumes_and_saves_a_model_plain_transformers_load(
+    tmp_path, monkeypatch, reviews_file, capsys
+):
+    output = tmp_path / "lm"
+    arguments = ["--model_type", "gpt2", "--config_overrides", "n_layer=1,n_embd=16,n_head=2,n_positions=32"]
+    arguments += ["--vocab_size", "300", "--dataset", reviews_file, "--max_length", "32", "--output_dir", str(output)]
+    arguments += ["--gradient_checkpointing", "false", "--bf16", "false", "--eval_reviews", "3", *SHARED]
+    run(monkeypatch, sft, *arguments, "--max_steps", "4")
+    run(monkeypatch, sft, *arguments, "--max_steps", "8")
+    state = json.loads((output / "checkpoint-8" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, 9))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    assert model.dtype == torch.bfloat16 and len(tokenizer) == model.config.vocab_size <= 300
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == model.config.eos_token_id
+    assert "Held-out openings continued:" in capsys.readouterr().out
+    card = (output / "README.md").read_text()
+    assert "python -m pipeline.sft" in card and "held-out perplexity" in card and "## Limits" in card
+
+
+def test_chunks_end_reviews_with_eos_and_begin_each_at_position_zero(tokenizer, reviews):
+    chunks = sft.chunk_reviews(reviews.texts[:3], tokenizer, 16)["input_ids"]
+    whole = [token for chunk in chunks for token in chunk]
+    assert max(map(len, chunks)) == 16 and whole.count(tokenizer.eos_token_id) == 3
+    for text in reviews.texts[:3]:
+        assert tokenizer(text).input_ids[:16] in chunks
+
+
+def test_reward_model_from_scratch_resumes_and_learns_labels_by_name(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "labelled.jsonl"
+    words = {0: "awful boring bad", 1: "great lovely good"}
+    rows = [{"text": f"film {i} was {words[i % 2]} and {i * 7} more", "label": i % 2} for i in range(120)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    output = tmp_path / "classifier"
+    arguments = [
+        "--model_type",
+        "distilbert",
+        "--datasets",
+        str(data),
+        "--vocab_size",
+        "200",
+        "--learning_rate",
+        "3e-3",
+    ]
+    arguments += [
+        "--config_overrides",
+        "n_layers=1,dim=32,hidden_dim=32,n_heads=2,max_position_embeddings=32,initializer_range=0.2",
+    ]
+    arguments += ["--max_window", "32", "--output_dir", str(output), *SHARED]
+    run(monkeypatch, reward_model, *arguments, "--max_steps", "4")
+    run(monkeypatch, reward_model, *arguments, "--max_steps", "100")
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    assert model.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"} and model.dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    inputs = tokenizer(["film was great", "film was awful"], return_tensors="pt", padding=True)
+    assert model(**inputs).logits.argmax(-1).tolist() == [1, 0]
+    assert "Held out:" in capsys.readouterr().out
+    assert "accuracy on" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("arguments_type", [sft.SFTArguments, reward_model.RewardModelArguments])
+def test_neither_or_both_of_model_path_and_model_type_are_refused(arguments_type):
+    for settings in ({}, {"model_path": "a", "model_type": "gpt2"}):
+        with pytest.raises(ModelError, match="not both"):
+            arguments_type(**settings)
