@@ -56,15 +56,17 @@ class SFTArguments:
 
 
 def chunk_reviews(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Tokenize, end each review with EOS and cut it into chunks of at most `max_length` tokens.
+    """Tokenize, end each review with EOS and cut it into chunks of `max_length` tokens; a short rest is dropped.
 
-    The first chunk of a review begins at position 0, as a PPO prompt does.
+    Every chunk begins at position 0, as a PPO prompt does. A short rest would teach that texts which begin there end
+    soon; only a review that is short as a whole makes a short chunk.
     """
     chunks = []
-    for ids in tokenizer(texts, add_special_tokens=False).input_ids:
+    for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids:
         ids = [*ids, tokenizer.eos_token_id]
-        chunks += [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-    return Dataset.from_dict({"input_ids": [chunk for chunk in chunks if len(chunk) > 1]})
+        whole = range(0, len(ids) - max_length + 1, max_length)
+        chunks += [ids[start : start + max_length] for start in whole] or [ids]
+    return Dataset.from_dict({"input_ids": chunks})
 
 
 class LogitsTrainer(SFTTrainer):

@@ -39,12 +39,12 @@ def test_sft_from_scratch_resumes_and_saves_a_model_plain_transformers_load(
     assert "python -m pipeline.sft" in card and "held-out perplexity" in card and "## Limits" in card
 
 
-def test_chunks_end_reviews_with_eos_and_begin_each_at_position_zero(tokenizer, reviews):
-    chunks = sft.chunk_reviews(reviews.texts[:3], tokenizer, 16)["input_ids"]
-    whole = [token for chunk in chunks for token in chunk]
-    assert max(map(len, chunks)) == 16 and whole.count(tokenizer.eos_token_id) == 3
-    for text in reviews.texts[:3]:
-        assert tokenizer(text).input_ids[:16] in chunks
+def test_chunks_are_full_but_for_short_reviews_which_end_with_eos(tokenizer):
+    short, long = tokenizer("a good film").input_ids, tokenizer("the story was great").input_ids
+    size = len(short) + 1
+    assert 2 * size > len(long) + 1 > size  # one full chunk and a rest
+    chunks = sft.chunk_reviews(["a good film", "the story was great"], tokenizer, size)["input_ids"]
+    assert chunks == [[*short, tokenizer.eos_token_id], long[:size]]
 
 
 def test_reward_model_from_scratch_resumes_and_learns_labels_by_name(tmp_path, monkeypatch, capsys):

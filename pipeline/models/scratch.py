@@ -33,7 +33,8 @@ def new_config(model_type: str, overrides: str | None, tokenizer: PreTrainedToke
     """
     config = CONFIG_MAPPING[model_type]()
     try:
-        config.update_from_string(overrides or "")
+        if overrides:
+            config.update_from_string(overrides)
     except ValueError as error:
         raise ModelError(f"config_overrides={overrides!r}: {error}") from error
     config.vocab_size = len(tokenizer)

@@ -39,7 +39,11 @@ def ppo_loss(
     Policy: max(-A r, -A clip(r, 1 - c, 1 + c)), r = exp(logprob - old); Schulman et al. 2017, equation 7. Value:
     half the larger of (v - R)^2 and (clip(v, old - c, old + c) - R)^2, as in lm-human-preferences.
     """
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    # Padding is cut off before the arithmetic: where(mask, f(x), 0) alone lets a NaN there into the gradient.
+    logprobs, old_logprobs, values, old_values, advantages, returns = (
+        torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, values, old_values, advantages, returns)
+    )
+    log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)

@@ -1,0 +1,125 @@
+"""Models and tokenizers from scratch, and errors that name the setting and the remedy."""
+
+import pytest
+import torch
+from conftest import random_causal_lm
+from transformers import AutoTokenizer
+
+from pipeline.models.loading import (
+    LoraSettings,
+    ModelError,
+    add_lora,
+    check_context,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+)
+from pipeline.models.scratch import new_config, new_tokenizer
+
+
+def test_a_trained_tokenizer_reproduces_text_and_uses_its_vocabulary(tokenizer, reviews):
+    text = reviews.texts[3]
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+    assert len(ids) < len(text) / 3  # whole words, not bytes
+    assert len(tokenizer) <= 300
+    assert tokenizer.decode(tokenizer("Ünseen 💡 words").input_ids) == "Ünseen 💡 words"
+
+
+def test_a_wordpiece_tokenizer_can_be_trained_too(reviews):
+    tokenizer = new_tokenizer("distilbert", reviews.texts, 200)
+    assert tokenizer.decode(tokenizer("A great film", add_special_tokens=False).input_ids) == "a great film"
+
+
+def test_an_architecture_without_a_tokenizer_is_refused():
+    for name in ("gpt3", "vit"):
+        with pytest.raises(ModelError, match=f"model_type='{name}' has no tokenizer"):
+            new_tokenizer(name, ["the best film of the year"], 300)
+
+
+def test_a_vocabulary_too_small_for_the_alphabet_is_refused():
+    with pytest.raises(ModelError, match="does not round-trip"):
+        new_tokenizer("gpt2", ["the best film of the year"], 100)
+
+
+def test_a_new_configuration_takes_overrides_and_the_tokenizers_ids(tokenizer):
+    config = new_config("gpt2", "n_layer=3,resid_pdrop=0.5", tokenizer)
+    assert (config.n_layer, config.resid_pdrop, config.vocab_size) == (3, 0.5, len(tokenizer))
+    assert config.eos_token_id == config.pad_token_id == tokenizer.eos_token_id
+    assert new_config("gpt2", None, tokenizer).n_layer == 12
+
+
+@pytest.mark.parametrize("overrides", ["n_layers_typo=3", "n_layer", "n_layer=three"])
+def test_an_override_that_does_not_fit_is_refused_and_named(overrides, tokenizer):
+    with pytest.raises(ModelError, match=f"config_overrides='{overrides}'"):
+        new_config("gpt2", overrides, tokenizer)
+
+
+def test_a_saved_model_and_tokenizer_come_back(tiny_lm, tokenizer):
+    model = load_causal_lm(tiny_lm)
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+    tokens = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, random_causal_lm("gpt2", tokenizer)(tokens).logits)
+    assert load_tokenizer(tiny_lm)("the film").input_ids == tokenizer("the film").input_ids
+    assert load_config(tiny_lm).n_embd == 32
+
+
+def test_half_precision_weights_are_loaded_as_float32(tmp_path, tokenizer):
+    random_causal_lm("gpt2", tokenizer).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert {p.dtype for p in load_causal_lm(str(tmp_path)).parameters()} == {torch.float32}
+
+
+def test_a_missing_pad_token_becomes_eos(tmp_path, tiny_lm):
+    bare = AutoTokenizer.from_pretrained(tiny_lm)
+    bare.pad_token = None
+    bare.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token_id is None
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.pad_token_id == loaded.eos_token_id
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path, tiny_lm):
+    bare = AutoTokenizer.from_pretrained(tiny_lm)
+    bare.eos_token = None
+    bare.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has no EOS token"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_config, load_causal_lm])
+def test_a_path_that_cannot_be_opened_is_named_with_the_reason(load, tmp_path):
+    for path, reason in (
+        (str(tmp_path / "nowhere"), "there is no such folder"),
+        ("./nowhere", "there is no such folder"),
+        ("nobody/no-model", "the Hub has no such model or cannot be reached"),
+        ("no-such-model", "there is no such folder"),
+    ):
+        with pytest.raises(ModelError, match=reason) as caught:
+            load(path)
+        assert f"model_path={path!r} cannot be opened" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_config, load_causal_lm])
+def test_a_folder_without_a_model_is_refused(load, tmp_path):
+    with pytest.raises(ModelError, match=r"model_path=.* cannot be opened"):
+        load(str(tmp_path))
+
+
+def test_prompt_and_response_must_fit_the_context(tiny_lm):
+    config = load_config(tiny_lm)
+    check_context(config, 24, 40)
+    with pytest.raises(ModelError, match=r"prompt_max_tokens=24 and response_max_tokens=41 make 65.*context of 64"):
+        check_context(config, 24, 41)
+
+
+def test_lora_target_modules_that_fit_nothing_are_named(tokenizer):
+    with pytest.raises(ModelError, match=r"lora_target_modules=\['q_proj'\] does not fit gpt2"):
+        add_lora(random_causal_lm("gpt2", tokenizer), LoraSettings(4, 8, ["q_proj"], seed=0))
+
+
+def test_lora_goes_where_it_is_told(tokenizer):
+    model = add_lora(random_causal_lm("llama", tokenizer), LoraSettings(4, 8, ["k_proj"], seed=0))
+    adapted = {name.split(".lora_")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
+    assert adapted == {"k_proj"}

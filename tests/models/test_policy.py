@@ -1,0 +1,183 @@
+"""Policy and reference: what they read from a padded batch is what the plain model says of each sample alone."""
+
+import pytest
+import torch
+from conftest import SHAPES, random_causal_lm
+
+from pipeline.models.building import build_policy_and_reference
+from pipeline.models.loading import LoraSettings, add_lora
+from pipeline.models.policy import Policy, Reference
+
+ARCHITECTURES = tuple(SHAPES)
+PROMPTS = ([5, 6, 7, 8], [9], [10, 11])
+RESPONSES = ([20, 21, 22], [23, 24, 25, 26, 27], [28])
+WIDTH, LENGTH = 4, 5
+
+
+def batch(pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The samples above, prompts left-padded to 4 and responses right-padded to 5."""
+    tokens = [
+        [pad] * (WIDTH - len(p)) + p + r + [pad] * (LENGTH - len(r)) for p, r in zip(PROMPTS, RESPONSES, strict=True)
+    ]
+    mask = [
+        [0] * (WIDTH - len(p)) + [1] * (len(p) + len(r)) + [0] * (LENGTH - len(r))
+        for p, r in zip(PROMPTS, RESPONSES, strict=True)
+    ]
+    return torch.tensor(tokens), torch.tensor(mask).bool()
+
+
+def alone(model, prompt, response):
+    """Logits (n, V) and last hidden states (n, H) before each response token of one unpadded sequence."""
+    output = model(torch.tensor([prompt + response]), output_hidden_states=True)
+    before = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+    return output.logits[0, before], output.hidden_states[-1][0, before]
+
+
+def policy_with_random_head(model) -> Policy:
+    policy = Policy(model).eval()
+    torch.manual_seed(1)
+    torch.nn.init.normal_(policy.value_head.weight)
+    torch.nn.init.normal_(policy.value_head.bias)
+    return policy
+
+
+def perturb_adapter(model) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.3)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_outputs_equal_the_plain_model_on_each_sequence_alone(architecture, tokenizer):
+    model = random_causal_lm(architecture, tokenizer)
+    policy = policy_with_random_head(model)
+    for temperature in (1.0, 0.7):
+        with torch.no_grad():
+            outputs = policy(*batch(), LENGTH, temperature, with_entropy=True)
+        for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+            n = len(response)
+            with torch.no_grad():
+                logits, hidden = alone(model, prompt, response)
+            logprobs = (logits / temperature).log_softmax(-1)
+            close(outputs.logprobs[i, :n], logprobs[range(n), response])
+            close(outputs.values[i, :n], hidden @ policy.value_head.weight[0].detach() + policy.value_head.bias.item())
+            close(outputs.entropy[i, :n], -(logprobs.exp() * logprobs).sum(-1))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_of_a_padded_batch_are_finite_and_the_sum_of_the_sequences_own(architecture, tokenizer):
+    policy = policy_with_random_head(random_causal_lm(architecture, tokenizer))
+    tokens, mask = batch()
+    outputs = policy(tokens, mask, LENGTH)
+    (outputs.logprobs + outputs.values)[mask[:, WIDTH:]].sum().backward()
+    padded = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+    policy.zero_grad()
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        row = torch.tensor([prompt + response])
+        outputs = policy(row, torch.ones_like(row).bool(), len(response))
+        (outputs.logprobs + outputs.values).sum().backward()
+    for name, parameter in policy.named_parameters():
+        assert padded[name].isfinite().all(), name
+        torch.testing.assert_close(padded[name], parameter.grad, atol=2e-4, rtol=1e-4)
+
+
+def test_what_the_padding_tokens_are_changes_nothing(tokenizer):
+    policy = policy_with_random_head(random_causal_lm("gpt2", tokenizer))
+    _, mask = batch()
+    with torch.no_grad():
+        zeros, others = (policy(*batch(pad), LENGTH, with_entropy=True) for pad in (0, 17))
+    for name in ("logprobs", "values", "entropy"):
+        real = mask[:, WIDTH:]
+        close(getattr(zeros, name)[real], getattr(others, name)[real])
+
+
+def test_values_start_at_zero_and_the_head_is_float32(tokenizer):
+    policy = Policy(random_causal_lm("gpt2", tokenizer).to(torch.bfloat16))
+    outputs = policy(*batch(), LENGTH)
+    assert (outputs.values == 0).all() and outputs.entropy is None
+    assert policy.value_head.weight.dtype == outputs.values.dtype == outputs.logprobs.dtype == torch.float32
+
+
+def test_a_prompt_of_one_token_and_a_response_of_one_token(tokenizer):
+    model = random_causal_lm("gpt2", tokenizer)
+    outputs = Policy(model)(torch.tensor([[3, 4]]), torch.ones(1, 2).bool(), 1)
+    logits, _ = alone(model, [3], [4])
+    close(outputs.logprobs[0], logits.log_softmax(-1)[:, 4])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_lora_reference_is_the_base_bit_for_bit_and_copies_nothing(architecture, tokenizer):
+    base = Reference(random_causal_lm(architecture, tokenizer)).logprobs(*batch(), LENGTH, 0.7)
+    model = add_lora(random_causal_lm(architecture, tokenizer), LoraSettings(4, 8, None, seed=0))
+    perturb_adapter(model)
+    policy, reference = Policy(model), Reference(model)
+    before = [parameter.data_ptr() for parameter in policy.model.parameters()]
+
+    assert reference.is_shared
+    assert torch.equal(reference.logprobs(*batch(), LENGTH, 0.7), base)
+    with torch.no_grad():
+        assert (policy(*batch(), LENGTH, 0.7).logprobs - base).abs().max() > 0.01
+    assert torch.equal(reference.logprobs(*batch(), LENGTH, 0.7), base)  # the adapter's return changed nothing
+
+    with reference.activated() as active:
+        assert [parameter.data_ptr() for parameter in active.parameters()] == before
+
+
+def test_the_adapter_is_on_again_after_the_reference_failed(tokenizer):
+    model = add_lora(random_causal_lm("gpt2", tokenizer), LoraSettings(4, 8, None, seed=0))
+    perturb_adapter(model)
+    with torch.no_grad():
+        before = Policy(model)(*batch(), LENGTH).logprobs
+        with pytest.raises(KeyError), Reference(model).activated():
+            raise KeyError
+        assert torch.equal(Policy(model)(*batch(), LENGTH).logprobs, before)
+
+
+def test_lora_trains_the_adapter_and_the_value_head_only_and_starts_at_the_base(tiny_lm):
+    policy, reference = build_policy_and_reference(tiny_lm, lora=LoraSettings(4, 8, None, seed=0), device="cpu")
+    trainable = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert {name for name in trainable if "lora_" not in name} == {"value_head.weight", "value_head.bias"}
+    assert len(trainable) == 2 + 2 * 2  # A and B of the attention projection of each of two layers
+    with torch.no_grad():
+        assert torch.equal(policy(*batch(), LENGTH).logprobs, reference.logprobs(*batch(), LENGTH))
+
+
+def test_fresh_adapters_follow_from_their_seed_alone(tokenizer):
+    def start(seed, noise=0):
+        model = random_causal_lm("gpt2", tokenizer)
+        torch.manual_seed(noise)
+        model = add_lora(model, LoraSettings(4, 8, None, seed=seed))
+        return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "lora_A" in name])
+
+    first = start(0)
+    assert torch.equal(start(0, noise=99), first) and not torch.equal(start(1), first)
+
+
+def test_lora_scale_is_alpha_over_rank(tokenizer):
+    model = add_lora(random_causal_lm("gpt2", tokenizer), LoraSettings(4, 8, None, seed=0))
+    layer = model.get_base_model().transformer.h[0].attn.c_attn
+    perturb_adapter(model)
+    x = torch.randn(1, 3, 32)
+    low_rank = x @ layer.lora_A["default"].weight.T @ layer.lora_B["default"].weight.T
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), 2 * low_rank, atol=1e-5, rtol=1e-5)
+
+
+def test_the_full_reference_is_frozen_and_stays_when_the_policy_moves(tiny_lm):
+    policy, reference = build_policy_and_reference(tiny_lm, lora=None, device="cpu")
+    assert not reference.is_shared
+    with torch.no_grad():
+        start = policy(*batch(), LENGTH).logprobs
+        assert torch.equal(reference.logprobs(*batch(), LENGTH), start)
+        for parameter in policy.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        assert (policy(*batch(), LENGTH).logprobs - start).abs().max() > 0.01
+    assert torch.equal(reference.logprobs(*batch(), LENGTH), start)
+    with reference.activated() as model:
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert not model.training
+    assert not policy.training and all(parameter.requires_grad for parameter in policy.parameters())

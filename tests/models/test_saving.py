@@ -1,0 +1,94 @@
+"""What is saved loads with plain transformers and PEFT and says the same."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from pipeline.models.building import build_policy_and_reference, load_tuned
+from pipeline.models.loading import LoraSettings, ModelError, load_tokenizer
+from pipeline.models.policy import Policy
+from pipeline.models.saving import load_value_head, save_policy
+
+TOKENS = torch.tensor([[3, 4, 5, 6]])
+
+
+def trained(tiny_lm, lora) -> Policy:
+    """A policy whose trainable weights have moved, as training leaves it."""
+    policy, _ = build_policy_and_reference(tiny_lm, lora=lora, device="cpu")
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return policy
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def saved(request, tiny_lm, tmp_path_factory):
+    """(kind, policy, the folder it was saved into)."""
+    lora = LoraSettings(4, 8, None, seed=0) if request.param == "lora" else None
+    policy = trained(tiny_lm, lora)
+    folder = tmp_path_factory.mktemp(request.param) / "not" / "there" / "yet"
+    save_policy(policy, load_tokenizer(tiny_lm), folder, max_new_tokens=11, temperature=0.8)
+    return request.param, policy, folder
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model(TOKENS).logits
+
+
+def test_plain_transformers_gives_the_same_logits(saved, tiny_lm):
+    _, policy, folder = saved
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.testing.assert_close(logits_of(loaded), logits_of(policy.model))
+    base = AutoModelForCausalLM.from_pretrained(tiny_lm).eval()
+    assert (logits_of(loaded) - logits_of(base)).abs().max() > 0.01
+
+
+def test_peft_gives_the_same_logits_and_only_the_adapter_is_stored(saved, tiny_lm):
+    kind, policy, folder = saved
+    if kind == "full":
+        assert (folder / "model.safetensors").exists() and not (folder / "adapter_config.json").exists()
+        return
+    assert not (folder / "model.safetensors").exists()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_lm), folder).eval()
+    assert torch.equal(logits_of(loaded), logits_of(policy.model))
+
+
+def test_the_value_head_reloads(saved, tiny_lm):
+    _, policy, folder = saved
+    fresh, _ = build_policy_and_reference(tiny_lm, lora=None, device="cpu")
+    load_value_head(fresh, folder)
+    assert torch.equal(fresh.value_head.weight, policy.value_head.weight)
+    assert torch.equal(fresh.value_head.bias, policy.value_head.bias)
+    assert (fresh.value_head.weight != 0).any()
+
+
+def test_generation_settings_and_tokenizer_are_there(saved, tokenizer):
+    _, _, folder = saved
+    settings = GenerationConfig.from_pretrained(folder)
+    assert (settings.do_sample, settings.top_k, settings.max_new_tokens, settings.temperature) == (True, 0, 11, 0.8)
+    assert settings.eos_token_id == settings.pad_token_id == tokenizer.eos_token_id
+    reloaded = AutoTokenizer.from_pretrained(folder)
+    text = "the film was great"
+    assert reloaded(text).input_ids == tokenizer(text).input_ids
+    assert reloaded.pad_token_id == tokenizer.eos_token_id
+
+
+def test_load_tuned_brings_back_policy_and_reference(saved, tiny_lm):
+    kind, policy, folder = saved
+    tuned, reference = load_tuned(tiny_lm, folder, use_peft=kind == "lora", device="cpu")
+    arguments = (TOKENS, torch.ones_like(TOKENS).bool(), 3)
+    with torch.no_grad():
+        loaded, original = tuned(*arguments), policy(*arguments)
+    assert torch.equal(loaded.logprobs, original.logprobs) and torch.equal(loaded.values, original.values)
+    _, base = build_policy_and_reference(tiny_lm, lora=None, device="cpu")
+    assert torch.equal(reference.logprobs(*arguments), base.logprobs(*arguments))
+    assert not tuned.training
+
+
+def test_load_tuned_refuses_a_folder_without_a_finished_run(tiny_lm, tmp_path):
+    with pytest.raises(ModelError, match=r"holds no trained model \(no value_head.safetensors\)"):
+        load_tuned(tiny_lm, tmp_path, use_peft=False, device="cpu")
