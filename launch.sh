@@ -12,7 +12,7 @@ usage() {
 Launcher options, before or after the recipe:
   --config NAME          accelerate_configs/NAME.yaml, or a path; by default cpu, single_gpu or multi_gpu by what is here
   --num_processes N      workers on this machine; by default one a GPU, or two on CPU
-  --mixed_precision P    no, bf16 or fp16
+  --mixed_precision P    no, bf16 or fp16; by default bf16 on CPUs that multiply it natively, else what the configuration says
 All other options are the run's own: python -m pipeline.train --help
 
 The environment: the active virtual or conda environment, else .venv here, made when missing. requirements.txt is installed
@@ -80,7 +80,11 @@ train() {
   [ -f "$file" ] || file="accelerate_configs/$config.yaml"
   [ -f "$file" ] || fail "there is no accelerate configuration $config; those shipped: $(echo accelerate_configs/*.yaml)"
   set_up
-  [ "$gpus" -gt 0 ] || tune_cpu "${processes:-2}"
+  if [ "$gpus" -eq 0 ]; then
+    tune_cpu "${processes:-2}"
+    # Half the time of float32 where the CPU has the instructions, many times as much where it has not.
+    if [ -z "$precision" ] && grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=bf16; fi
+  fi
 
   local command=(accelerate launch --quiet --config_file "$file")
   # A port of its own lets several runs share a machine; asking for port 0 would be refused by a static rendezvous.

@@ -1,10 +1,10 @@
 """Does the full recipe fit this machine? Three PPO steps of a 124 M GPT-2 with the shapes of recipes/gpt2_imdb.yaml.
 
     python -m benchmarks.full_size                       # full fine-tuning
-    python -m benchmarks.full_size recipes/gpt2_imdb_lora.yaml
+    python -m benchmarks.full_size recipes/gpt2_imdb_lora.yaml --mixed_precision no
 
-The weights are random (memory and time do not depend on them), the reward model is the shipped one, and prompts are cut
-with the shipped tokenizer. Prints seconds a step and the peak memory of the process, and writes them to
+One process. The weights are random (memory and time do not depend on them), the reward model is the shipped one, and
+prompts are cut with the shipped tokenizer. Prints seconds a step and the peak memory of the process, and writes them to
 benchmarks/results/full_size_<recipe>.json with the hardware.
 """
 
@@ -45,6 +45,7 @@ def main() -> None:
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     result = {
         "recipe": str(recipe),
+        "options": sys.argv[2:],
         "parameters": 124_439_808,
         "steps": len(steps),
         "seconds_per_step": [round(step["time/step_seconds"], 1) for step in steps],
