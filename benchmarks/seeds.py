@@ -3,9 +3,9 @@
     python -m benchmarks.seeds                                      # five seeds of recipes/quickstart.yaml
     python -m benchmarks.seeds recipes/quickstart.yaml --seeds 10 --together 2 --kl_coef 0.2
 
-Each seed is a whole run with its evaluation in runs/seeds/<recipe>/<seed>; a seed that is already there is not run again.
-`--together 2` runs two at a time, each in one process with half the cores: only the times differ, and rounding. All evaluations use the same prompts and noise. The table goes to
-benchmarks/results/seeds_<recipe>.json.
+Each seed is a whole run with its evaluation in runs/seeds/<recipe>/<seed>; a seed already there is not run again.
+`--together 2` runs two at a time, each in one process with half the cores; only the times differ, and rounding. All
+evaluations use the same prompts and noise. The table goes to benchmarks/results/seeds_<recipe>.json.
 """
 
 import argparse
