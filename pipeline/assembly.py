@@ -19,7 +19,7 @@ from pipeline.models.policy import Policy, Reference
 from pipeline.rewards.loading import SENTIMENT, load_function, load_reward
 from pipeline.rewards.protocol import Reward, checked_measures, checked_scores
 from pipeline.rewards.sentiment import label_index
-from pipeline.runtime.command import parse_recipe
+from pipeline.runtime.command import parse_recipe, split_recipe
 from pipeline.trainer import sampling_options
 
 # The bars of the libraries would tear the run's own.
@@ -54,8 +54,8 @@ def parse_config(description: str, arguments: Sequence[str] | None = None) -> Co
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config = Config(*parse_recipe(SECTIONS, description, arguments))
     if config.run.output_dir is None:
-        recipe = arguments[arguments.index("--config") + 1] if "--config" in arguments else "run"
-        config.run.output_dir = str(Path("runs") / Path(recipe).stem)
+        _, recipe = split_recipe(arguments)
+        config.run.output_dir = str(Path("runs") / Path(recipe or "run").stem)
     return config
 
 

@@ -4,6 +4,7 @@ Sizes are global (over all workers) unless the name says microbatch. Values are 
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ def _fits(value: object, annotation: object) -> bool:
     if annotation is type(None) or annotation is None:
         return value is None
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, annotation)
@@ -217,6 +218,7 @@ class RunSettings(_Checked):
     wandb_project: str = _setting("rlhf-ppo", "Project of the wandb run.")
 
     def check(self):
+        _require(self.output_dir != "", "output_dir", self.output_dir, "must name a directory")
         _require(self.seed >= 0, "seed", self.seed, "must not be negative")
         _require(self.evaluation_prompts >= 0, "evaluation_prompts", self.evaluation_prompts, "must not be negative")
         _require(self.samples_every_steps > 0, "samples_every_steps", self.samples_every_steps, "must be positive")

@@ -15,22 +15,33 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 
 
+def check_output_dir(directory: Path) -> None:
+    """Raise `ConfigError` where `directory`, or the place an earlier run in it moves to, holds something else."""
+    for place in (directory, _previous(directory)):
+        taken = place.exists() and (not place.is_dir() or any(place.iterdir()))
+        if taken and not (place / CONFIG_FILE).is_file():
+            raise ConfigError(
+                f"output_dir={str(directory)!r}: {place} exists and is not a run of this program; choose another "
+                f"output_dir or empty it."
+            )
+
+
 def claim_output_dir(directory: Path) -> None:
     """Make `directory` ready for a new run; a run already there moves to `<directory>.previous`.
 
     Raises:
-        ConfigError: it holds something that is not a run.
+        ConfigError: see `check_output_dir`.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        if not (directory / CONFIG_FILE).is_file():
-            raise ConfigError(
-                f"output_dir={str(directory)!r} exists and is not a run of this program; choose another or empty it."
-            )
-        previous = directory.with_name(directory.name + ".previous")
-        if previous.exists():
-            shutil.rmtree(previous)
-        directory.rename(previous)
+    check_output_dir(directory)
+    if directory.exists() and any(directory.iterdir()):
+        if _previous(directory).exists():
+            shutil.rmtree(_previous(directory))
+        directory.rename(_previous(directory))
     directory.mkdir(parents=True, exist_ok=True)
+
+
+def _previous(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".previous")
 
 
 def show_evaluation(console: Console, evaluation: Evaluation, directory: Path) -> None:

@@ -17,7 +17,7 @@ from pipeline.config import Config, require_divides_by_workers
 from pipeline.errors import REWARD_FAILED, UserError, leave, user_errors
 from pipeline.evaluation import evaluate
 from pipeline.models.saving import save_policy
-from pipeline.reporting import Reporter, claim_output_dir
+from pipeline.reporting import Reporter, check_output_dir, claim_output_dir
 from pipeline.runtime.distributed import all_or_none, make_accelerator
 from pipeline.trainer import PPOTrainer
 
@@ -27,6 +27,8 @@ def main() -> None:
         config = parse_config(__doc__)
         accelerator = make_accelerator()
         data, parts = all_or_none(accelerator, lambda: prepare(config, accelerator))
+        if accelerator.is_main_process:
+            claim_output_dir(config.output_dir)
     trainer = PPOTrainer(
         accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.training, config
     )
@@ -45,9 +47,8 @@ def main() -> None:
 def prepare(config: Config, accelerator: Accelerator) -> tuple[Data, Parts]:
     """Check everything, then load it; raises `UserError`."""
     require_divides_by_workers(config, accelerator.num_processes)
+    check_output_dir(config.output_dir)
     data = open_data(config)
-    if accelerator.is_main_process:
-        claim_output_dir(config.output_dir)
     return data, build_parts(config, data, accelerator.device)
 
 

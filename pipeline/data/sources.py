@@ -6,6 +6,7 @@ load_reviews("reviews.jsonl", text_column="body")
 load_reviews("stanfordnlp/imdb")                # the Hub, or its local cache
 """
 
+import csv
 import hashlib
 import importlib.util
 import re
@@ -117,13 +118,31 @@ def _load_file(path: Path) -> datasets.Dataset:
         raise DataError(f"dataset={str(path)!r}: there is no such file. Give a path that exists or a Hub name.")
     options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
     if path.stat().st_size == 0:
-        raise DataError(f"dataset={str(path)!r} is empty.")
+        raise DataError(f"dataset={str(path)!r} is empty; give a file with reviews.")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        _check_fields(path, options.get("sep", ","))
     try:
         return datasets.load_dataset(
             _FILE_LOADERS[path.suffix.lower()], data_files=str(path.resolve()), split="train", **options
         )
     except Exception as error:  # a reader's own exceptions are many; the file's name must reach the user
-        raise DataError(f"dataset={str(path)!r} could not be read: {_root(error)}") from error
+        if "corresponds to no data" in str(error):
+            raise DataError(f"dataset={str(path)!r} has no review: there are no rows in it.") from error
+        raise DataError(f"dataset={str(path)!r} could not be read: {_root(error)}. Mend the file.") from error
+
+
+def _check_fields(path: Path, separator: str) -> None:
+    """Raise `DataError` where a row has more fields than the header: the reader would shift its columns silently."""
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8", newline="", errors="replace") as file:
+        rows = csv.reader(file, delimiter=separator)
+        header = next(rows, [])
+        for row in rows:
+            if len(row) > len(header):
+                raise DataError(
+                    f"dataset={str(path)!r}: line {rows.line_num} has {len(row)} fields and the header {len(header)}; "
+                    f"put texts with {separator!r} in double quotes."
+                )
 
 
 def _load_hub(name: str, split: str) -> datasets.Dataset:

@@ -27,11 +27,7 @@ def checked_scores(reward: Reward, prompts: list[str], responses: list[str]) -> 
         RewardError: it raised, returned something that is not numbers, the wrong count, or a NaN or infinity.
     """
     name = reward_name(reward)
-    try:
-        scores = reward(list(prompts), list(responses))
-    except Exception as error:
-        raise RewardError(f"the reward {name} raised {type(error).__name__}: {error}") from error
-    return _checked(name, scores, prompts, responses)
+    return _checked(name, _called(name, reward, prompts, responses), prompts, responses)
 
 
 def checked_measures(reward: Reward, prompts: list[str], responses: list[str]) -> dict[str, Tensor]:
@@ -42,8 +38,15 @@ def checked_measures(reward: Reward, prompts: list[str], responses: list[str]) -
     name = reward_name(reward)
     return {
         key: _checked(f"{name}.{key}", values, prompts, responses)
-        for key, values in measures(prompts, responses).items()
+        for key, values in _called(name, measures, prompts, responses).items()
     }
+
+
+def _called(name: str, function: Callable, prompts: list[str], responses: list[str]) -> object:
+    try:
+        return function(list(prompts), list(responses))
+    except Exception as error:  # a user's function may raise anything
+        raise RewardError(f"the reward {name} raised {type(error).__name__}: {error}") from error
 
 
 def _checked(name: str, scores: object, prompts: list[str], responses: list[str]) -> Tensor:

@@ -31,8 +31,11 @@ class RunningMoments:
 
 
 def shaped_scores(scores: Tensor, moments: RunningMoments | None, clip: float | None) -> Tensor:
-    """Scores (N,) divided by the running standard deviation where `moments` is given, then clipped to [-clip, clip]."""
+    """Scores (N,) divided by the running standard deviation where `moments` is given, then clipped to [-clip, clip].
+
+    While all scores are equal they are left as they are.
+    """
     if moments is not None:
         moments.update(scores)
-        scores = scores / max(moments.std, 1e-8)
+        scores = scores / (moments.std if moments.std > 1e-6 else 1.0)
     return scores if clip is None else scores.clamp(-clip, clip)

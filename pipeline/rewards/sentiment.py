@@ -43,9 +43,7 @@ class SentimentReward:
             self.tokenizer = AutoTokenizer.from_pretrained(model_path)
             self.model = AutoModelForSequenceClassification.from_pretrained(model_path, dtype=torch.float32)
         self.model.requires_grad_(False).eval().to(device)
-        self.max_length = min(
-            self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 10**9)
-        )
+        self.max_length = min(self.tokenizer.model_max_length, _positions(self.model))
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
         """Scores (n,) of prompt + response on the chosen scale."""
@@ -73,6 +71,15 @@ class SentimentReward:
             inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
             logits[batch] = self.model(**inputs.to(self.model.device)).logits.float().cpu()
         return logits
+
+
+def _positions(model: torch.nn.Module) -> int:
+    """How many positions the classifier has; RoBERTa's begin after its padding index."""
+    positions = getattr(model.config, "max_position_embeddings", 10**9)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1
+    return positions
 
 
 def label_index(model_path: str, label: str) -> int:

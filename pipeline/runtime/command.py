@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import yaml
@@ -21,16 +22,60 @@ def parse_recipe(
     Raises:
         UserError: an unknown key, an unreadable file, a value of the wrong type.
     """
+    arguments, recipe = split_recipe(sys.argv[1:] if arguments is None else arguments)
     parser = TrlParser(dataclass_types, description=description.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE.yaml", help="Recipe whose keys are the options below.")
     parser.set_defaults(**defaults)
     parser.error = _raise  # argparse would print all options before the one line that matters
+    if recipe is not None:
+        _check_recipe(recipe)
+        arguments = ["--config", recipe, *arguments]
     try:
-        return parser.parse_args_and_config(arguments)[: len(dataclass_types)]
+        *parsed, from_recipe, from_line = parser.parse_args_and_config(
+            arguments, return_remaining_strings=True, separate_remaining_strings=True
+        )
     except UserError:
         raise
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
+    if from_recipe:
+        raise UserError(f"{recipe}: there is no setting {', '.join(from_recipe[::2]).replace('--', '')}.")
+    if from_line:
+        raise UserError(f"unknown on the command line: {' '.join(from_line)}. --help lists the settings.")
+    return tuple(parsed[: len(dataclass_types)])
+
+
+def split_recipe(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """Take `--config PATH` or `--config=PATH` out of the arguments: (the others, PATH or None).
+
+    Raises:
+        UserError: `--config` without a path.
+    """
+    others, recipe = [], None
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config":
+            recipe = next(rest, None)
+            if recipe is None:
+                raise UserError("--config needs the path of a recipe.")
+        elif argument.startswith("--config="):
+            recipe = argument.removeprefix("--config=")
+        else:
+            others.append(argument)
+    return others, recipe
+
+
+def _check_recipe(path: str) -> None:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold settings, one `name: value` a line.")
+    if "config" in content:
+        raise UserError(f"{path}: there is no setting config; one recipe cannot name another.")
 
 
 def _raise(message: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """Where rank zero writes a run's figures: `metrics.jsonl`, and wandb when asked."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class WandbTracker:
             self._wandb = wandb
             settings = wandb.Settings(silent=True)
             mode = None
-            if not wandb.setup().settings._offline and not _logged_in(wandb):
+            if "WANDB_MODE" not in os.environ and not _logged_in(wandb):
                 mode = "offline"
                 print(f"wandb: not logged in, so the run is kept offline under {directory / 'wandb'}; "
                       f"`wandb login` and `wandb sync` upload it.", flush=True)  # fmt: skip

@@ -1,0 +1,173 @@
+"""The sentiment reward: the right label, the right scale, and the same score in any company."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from pipeline.models.loading import ModelError
+from pipeline.rewards.sentiment import SentimentReward
+
+PROMPTS = ["the film was", "a good story with an actor who", "the", "an awful", "bad"]
+RESPONSES = [" great", " laughs and laughs and laughs", " bad film was a bad bad story", "", " actor"]
+TEXTS = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+
+
+@torch.no_grad()
+def direct_logits(folder: str, text: str) -> torch.Tensor:
+    """(labels,) from transformers alone, one text, no padding."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    return model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=64)).logits[0]
+
+
+def save_classifier(folder: Path, like: str, labels: list[str]) -> str:
+    """A classifier of random weights large enough that texts score differently, with the labels in this order."""
+    config = AutoConfig.from_pretrained(like)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: index for index, name in enumerate(labels)}
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(12)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(like).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_classifier, tmp_path_factory) -> str:
+    return save_classifier(tmp_path_factory.mktemp("classifiers"), tiny_classifier, ["NEGATIVE", "POSITIVE"])
+
+
+@pytest.fixture(scope="module")
+def positive_first(tiny_classifier, tmp_path_factory) -> str:
+    return save_classifier(tmp_path_factory.mktemp("classifiers"), tiny_classifier, ["POSITIVE", "NEGATIVE"])
+
+
+@pytest.fixture(scope="module")
+def three_labels(tiny_classifier, tmp_path_factory) -> str:
+    return save_classifier(tmp_path_factory.mktemp("classifiers"), tiny_classifier, ["neutral", "positive", "negative"])
+
+
+@pytest.mark.parametrize(("folder", "index"), [("classifier", 1), ("positive_first", 0), ("three_labels", 1)])
+def test_the_label_is_found_by_name_whatever_its_place(request, folder, index):
+    path = request.getfixturevalue(folder)
+    expected = torch.stack([direct_logits(path, text)[index] for text in TEXTS])
+    assert torch.allclose(SentimentReward(path)(PROMPTS, RESPONSES), expected, atol=1e-5)
+
+
+def test_another_label_can_be_rewarded_and_its_case_does_not_matter(three_labels):
+    expected = torch.stack([direct_logits(three_labels, text)[2] for text in TEXTS])
+    assert torch.allclose(SentimentReward(three_labels, label="NeGaTive")(PROMPTS, RESPONSES), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("folder", "index"), [("classifier", 1), ("three_labels", 1)])
+def test_probability_and_log_odds_are_those_of_the_softmax(request, folder, index):
+    path = request.getfixturevalue(folder)
+    measures = SentimentReward(path).measures(PROMPTS, RESPONSES)
+    probability = torch.stack([direct_logits(path, text).softmax(-1)[index] for text in TEXTS])
+    assert torch.allclose(measures["probability"], probability, atol=1e-5)
+    assert torch.allclose(measures["log_odds"], (probability / (1 - probability)).log(), atol=1e-4)
+    assert probability.max() - probability.min() > 0.05, "the texts must differ for this to prove anything"
+
+
+def test_two_labels_give_log_odds_of_the_difference_of_logits(classifier):
+    expected = torch.stack([direct_logits(classifier, text) for text in TEXTS])
+    scores = SentimentReward(classifier, scale="log_odds")(PROMPTS, RESPONSES)
+    assert torch.allclose(scores, expected[:, 1] - expected[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["logit", "probability", "log_odds"])
+def test_the_reward_is_the_measure_of_its_scale(three_labels, scale):
+    reward = SentimentReward(three_labels, scale=scale)
+    scores = reward(PROMPTS, RESPONSES)
+    assert torch.equal(scores, reward.measures(PROMPTS, RESPONSES)[scale])
+    assert scores.dtype == torch.float32
+    assert scores.shape == (5,)
+    assert not scores.requires_grad
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 128])
+def test_a_text_scores_the_same_alone_in_any_batch_and_in_any_order(classifier, batch_size):
+    alone = torch.stack([direct_logits(classifier, text)[1] for text in TEXTS])
+    assert alone.std() > 0.05
+    reward = SentimentReward(classifier, batch_size=batch_size)
+    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [1, 1, 3], [2]):
+        scores = reward([PROMPTS[i] for i in order], [RESPONSES[i] for i in order])
+        assert torch.allclose(scores, alone[order], atol=1e-5)
+
+
+def test_only_the_concatenation_of_prompt_and_response_counts(classifier):
+    reward = SentimentReward(classifier)
+    whole, cut = reward(["the film was great", "the film"], ["", " was great"])
+    assert whole.item() == pytest.approx(cut.item(), abs=1e-6)
+
+
+def test_empty_texts_and_no_texts_have_scores_too(classifier):
+    reward = SentimentReward(classifier)
+    assert reward(["", "the"], ["", ""]).isfinite().all()
+    assert reward([], []).shape == (0,)
+
+
+@pytest.mark.parametrize("tokenizer_knows", [True, False])
+def test_a_text_beyond_the_classifiers_positions_is_cut_not_refused(classifier, tmp_path, tokenizer_knows):
+    folder = tmp_path / "copy"
+    shutil.copytree(classifier, folder)
+    if not tokenizer_knows:  # then the model's own number of positions must do
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        del settings["model_max_length"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = "the film was good " * 100
+    scores = SentimentReward(str(folder))([text, "the"], [" bad" * 50, " film"])
+    assert scores[0].item() == pytest.approx(direct_logits(classifier, text)[1].item(), abs=1e-5)
+    assert scores[1].item() == pytest.approx(direct_logits(classifier, "the film")[1].item(), abs=1e-5)
+
+
+def test_the_classifier_is_frozen_and_in_evaluation_mode(classifier):
+    reward = SentimentReward(classifier)
+    assert not reward.model.training
+    assert not any(parameter.requires_grad for parameter in reward.model.parameters())
+
+
+def test_a_missing_label_names_the_labels_there_are(three_labels):
+    with pytest.raises(ModelError, match="no label 'JOY'; its labels are neutral, positive, negative") as caught:
+        SentimentReward(three_labels, label="JOY")
+    assert three_labels in str(caught.value)
+    assert "reward_label" in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "nobody/no-such-classifier"])
+def test_a_missing_classifier_names_setting_and_path(path):
+    with pytest.raises(ModelError, match="no such folder") as caught:
+        SentimentReward(path)
+    assert f"reward_model_path={path!r}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_model_names_setting_and_path(tmp_path):
+    with pytest.raises(ModelError) as caught:
+        SentimentReward(str(tmp_path))
+    assert f"reward_model_path={str(tmp_path)!r}" in str(caught.value)
+    assert Path(tmp_path).is_dir()
+
+
+def test_a_classifier_whose_positions_begin_after_its_padding_index_is_not_overrun(classifier, tmp_path):
+    config = RobertaConfig(
+        vocab_size=200, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=34, id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1},
+    )  # fmt: skip
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(classifier, model_max_length=10**9).save_pretrained(tmp_path)
+    assert SentimentReward(str(tmp_path))(["film " * 100], [" good"]).isfinite().all()
