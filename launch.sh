@@ -5,7 +5,8 @@ set -euo pipefail
 usage() {
   cat <<'HELP'
 ./launch.sh                                     train recipes/quickstart.yaml: a small GPT-2, minutes on two CPU cores
-./launch.sh recipes/X.yaml [--setting value …]  train any recipe; settings given here win over the recipe's
+./launch.sh recipes/X.yaml [--setting value …]  train any recipe; settings given here win over the recipe's.
+                                                recipes/sft_* and reward_* train the language model and the classifier
 ./launch.sh test [pytest arguments]             run the tests
 ./launch.sh setup                               make the environment and stop
 
@@ -25,20 +26,25 @@ cd "$root"
 
 fail() { echo "launch.sh: $*" >&2; exit 2; }
 
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
 set_up() {
-  local environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
+  local environment="${VIRTUAL_ENV:-}"
+  # conda's base is active in every shell of many users, who do not want our pins in it.
+  if [ -z "$environment" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then environment="${CONDA_PREFIX:-}"; fi
   if [ -z "$environment" ]; then
     environment="$root/.venv"
-    if [ ! -x "$environment/bin/python" ]; then
+    if [ ! -x "$environment/bin/pip" ]; then
       local python="${PYTHON:-python3}"
-      "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+      new_enough "$python" ||
         fail "$python is missing or older than Python 3.11. Set PYTHON to a newer one: PYTHON=python3.12 ./launch.sh"
       echo "Making the environment $environment" >&2
-      "$python" -m venv "$environment"
+      "$python" -m venv "$environment" || fail "$python cannot make $environment; on Debian and Ubuntu: apt install python3-venv"
     fi
   fi
   PATH="$environment/bin:$PATH"
   export VIRTUAL_ENV="$environment" PATH
+  new_enough python || fail "the active environment $environment has a Python older than 3.11; deactivate it or use another."
   local stamp="$environment/.requirements-installed"
   if ! cmp -s requirements.txt "$stamp"; then
     echo "Installing requirements.txt into $environment (some minutes the first time)" >&2
@@ -56,6 +62,12 @@ tune_cpu() { # $1: processes on this machine
   export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
 }
 
+tell_workers() { # $1: signal, $2: the launcher, told itself as long as it has no workers
+  local workers
+  workers=$(pgrep -P "$2" 2>/dev/null || cat "/proc/$2/task/$2/children" 2>/dev/null || true)
+  if [ -n "$workers" ]; then kill -s "$1" $workers 2>/dev/null || true; else kill -s TERM "$2" 2>/dev/null || true; fi
+}
+
 train() {
   local recipe="" config="" processes="" precision="" settings=()
   while [ $# -gt 0 ]; do
@@ -71,17 +83,34 @@ train() {
   done
   recipe="${recipe:-recipes/quickstart.yaml}"
   [ -f "$recipe" ] || fail "there is no recipe $recipe; those shipped: $(echo recipes/*.yaml)"
+  [ -z "$config" ] || [ -f "$config" ] || [ -f "accelerate_configs/$config.yaml" ] ||
+    fail "there is no accelerate configuration $config; those shipped: $(echo accelerate_configs/*.yaml)"
+  set_up
   local gpus=0
-  if command -v nvidia-smi >/dev/null 2>&1; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); fi
-  if [ -z "$config" ]; then
-    case "$gpus" in 0) config=cpu ;; 1) config=single_gpu ;; *) config=multi_gpu; processes="${processes:-$gpus}" ;; esac
+  if [ "$config" != cpu ] && command -v nvidia-smi >/dev/null 2>&1; then
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
   fi
+  local module=pipeline.train
+  case "$(basename "$recipe")" in sft_*) module=pipeline.sft ;; reward_*) module=pipeline.reward_model ;; esac
+  if [ -z "$config" ]; then
+    if [ "$gpus" -gt 0 ]; then
+      processes="${processes:-$gpus}"
+    elif [ "$module" = pipeline.train ]; then
+      processes="${processes:-2}"
+    else
+      processes="${processes:-1}"
+    fi
+    config=single_gpu
+    if [ "$processes" -gt 1 ]; then config=cpu; fi
+    if [ "$processes" -gt 1 ] && [ "$gpus" -gt 0 ]; then config=multi_gpu; fi
+  fi
+  if [ "$config" = cpu ]; then export CUDA_VISIBLE_DEVICES=""; fi
   local file="$config"
   [ -f "$file" ] || file="accelerate_configs/$config.yaml"
-  [ -f "$file" ] || fail "there is no accelerate configuration $config; those shipped: $(echo accelerate_configs/*.yaml)"
-  set_up
+  processes="${processes:-$(sed -n 's/^num_processes: *//p' "$file")}"
+  export PIPELINE_PROCESSES="$processes" # the workers check that as many joined
   if [ "$gpus" -eq 0 ]; then
-    tune_cpu "${processes:-2}"
+    tune_cpu "$processes"
     # Half the time of float32 where the CPU has the instructions, many times as much where it has not.
     if [ -z "$precision" ] && grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=bf16; fi
   fi
@@ -89,9 +118,9 @@ train() {
   local command=(accelerate launch --quiet --config_file "$file")
   # A port of its own lets several runs share a machine; asking for port 0 would be refused by a static rendezvous.
   command+=(--main_process_port "$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')")
-  [ -z "$processes" ] || command+=(--num_processes "$processes")
+  command+=(--num_processes "$processes")
   [ -z "$precision" ] || command+=(--mixed_precision "$precision")
-  command+=(-m pipeline.train --config "$recipe" ${settings[@]+"${settings[@]}"})
+  command+=(-m "$module" --config "$recipe" ${settings[@]+"${settings[@]}"})
 
   # Workers leave exit code and message here; see pipeline/errors.py.
   PIPELINE_STATUS_FILE="$(mktemp -d)/status"
@@ -104,8 +133,8 @@ train() {
   "${command[@]}" &
   launcher=$!
   set +m
-  trap 'interrupted=1; pkill -INT -P "$launcher" || true' INT
-  trap 'pkill -TERM -P "$launcher" || true' TERM
+  trap 'interrupted=1; tell_workers INT "$launcher"' INT
+  trap 'tell_workers TERM "$launcher"' TERM HUP QUIT
   while :; do
     wait "$launcher" && status=0 || status=$?
     kill -0 "$launcher" 2>/dev/null || break

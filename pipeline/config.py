@@ -157,7 +157,7 @@ class RewardSettings(_Checked):
     reward_scale: Literal["logit", "probability", "log_odds"] = _setting("logit", "Scale of the sentiment score.")
     reward_batch_size: int = _setting(128, "Texts per forward of the classifier, per worker.")
     reward_scaling: bool = _setting(False, "Divide scores by the running standard deviation of all scores so far.")
-    reward_clip: float | None = _setting(None, "Clip scores (after scaling) to [-clip, clip].")
+    reward_clip: float | None = _setting(None, "Clip scores (after scaling) to [-clip, clip]; null: not.")
 
     def check(self):
         _require(self.reward_batch_size > 0, "reward_batch_size", self.reward_batch_size, "must be positive")
@@ -173,8 +173,8 @@ class PPOSettings(_Checked):
     minibatch_size: int = _setting(32, "Samples per optimiser step, over all workers.")
     microbatch_size: int = _setting(32, "Sequences per forward with gradient, per worker; changes memory, not results.")
     learning_rate: float = _setting(1e-4, "Adam's learning rate at the first step.")
-    learning_rate_schedule: Literal["linear", "constant"] = _setting("linear", "linear decays to 0 at the last step.")
-    warmup_steps: int = _setting(0, "PPO steps of linear warm-up before the schedule.")
+    learning_rate_schedule: Literal["linear", "constant"] = _setting("linear", "linear falls by 1/steps of it a step.")
+    warmup_steps: int = _setting(0, "First PPO steps, over which the learning rate is also scaled up linearly.")
     adam_beta1: float = _setting(0.9, "Adam's decay of the gradient's mean.")
     adam_beta2: float = _setting(0.95, "Adam's decay of the gradient's square.")
     adam_eps: float = _setting(1e-5, "Adam's epsilon.")
@@ -189,7 +189,7 @@ class PPOSettings(_Checked):
     value_clip_range: float = _setting(0.2, "Values are clipped to the old ones +- this, in units of reward.")
     value_coef: float = _setting(0.1, "Weight of the value loss.")
     kl_early_stop: float | None = _setting(
-        0.1, "No further epoch once the mean KL(old || new) per token of an epoch passes this, in nats."
+        0.1, "No further epoch once the mean KL(old || new) per token of an epoch passes this, in nats; null: never."
     )
 
     def check(self):
@@ -203,7 +203,7 @@ class PPOSettings(_Checked):
         for name in ("kl_coef", "value_coef", "warmup_steps"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         _require(self.kl_early_stop is None or self.kl_early_stop > 0, "kl_early_stop", self.kl_early_stop,
-                 "must be positive, or absent for no early stop")  # fmt: skip
+                 "must be positive, or null for no early stop")  # fmt: skip
 
 
 @dataclass
@@ -211,6 +211,9 @@ class RunSettings(_Checked):
     """The run as a whole, its evaluation and its reports."""
 
     output_dir: str | None = _setting(None, "Where everything is written; runs/<recipe name> when absent.")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = _setting(
+        None, "Precision of the forwards; null is what accelerate launch says."
+    )
     seed: int = _setting(0, "Everything random follows from it.")
     evaluation_prompts: int = _setting(512, "Held-out prompts of the comparison before/after; 0 skips it.")
     samples_every_steps: int = _setting(10, "Steps between samples shown on the console and logged.")

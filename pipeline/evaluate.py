@@ -28,7 +28,7 @@ def main() -> None:
         return
     with user_errors():
         run, config = open_run(sys.argv[1:])
-        accelerator = make_accelerator()
+        accelerator = make_accelerator(config.run.mixed_precision)
         data, parts = all_or_none(accelerator, lambda: prepare(run, config, accelerator))
         evaluation = evaluate(
             accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config

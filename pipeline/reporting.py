@@ -17,6 +17,8 @@ METRICS_FILE = "metrics.jsonl"
 
 def check_output_dir(directory: Path) -> None:
     """Raise `ConfigError` where `directory`, or the place an earlier run in it moves to, holds something else."""
+    if not directory.name:
+        raise ConfigError(f"output_dir={str(directory)!r} must name a directory of its own, such as runs/mine.")
     for place in (directory, _previous(directory)):
         taken = place.exists() and (not place.is_dir() or any(place.iterdir()))
         if taken and not (place / CONFIG_FILE).is_file():
@@ -33,11 +35,17 @@ def claim_output_dir(directory: Path) -> None:
         ConfigError: see `check_output_dir`.
     """
     check_output_dir(directory)
-    if directory.exists() and any(directory.iterdir()):
-        if _previous(directory).exists():
-            shutil.rmtree(_previous(directory))
-        directory.rename(_previous(directory))
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        if directory.exists() and any(directory.iterdir()):
+            if _previous(directory).exists():
+                shutil.rmtree(_previous(directory))
+            directory.rename(_previous(directory))
+            print(
+                f"The run that was in {directory} is now in {_previous(directory)}, in place of any there.", flush=True
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir={str(directory)!r} cannot be made: {error}") from error
 
 
 def _previous(directory: Path) -> Path:

@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from pipeline.data.sources import DataError, Reviews, load_reviews, split_held_out
 from pipeline.errors import user_errors
 from pipeline.models.card import write_model_card
-from pipeline.models.loading import ModelError
+from pipeline.models.loading import ModelError, opening
 from pipeline.models.scratch import new_config, new_tokenizer
 from pipeline.runtime.command import command_line, parse_recipe
 
@@ -60,6 +60,8 @@ class RewardModelArguments:
     def __post_init__(self):
         if (self.model_path is None) == (self.model_type is None):
             raise ModelError("set either model_path (fine-tune) or model_type (from scratch), and not both.")
+        if not isinstance(getattr(torch, self.save_dtype, None), torch.dtype):
+            raise ModelError(f"save_dtype={self.save_dtype!r} is not a type of torch; bfloat16 and float32 are.")
         if not 4 <= self.min_window <= self.max_window:
             raise ModelError(f"min_window={self.min_window}, max_window={self.max_window}: need 4 <= min <= max.")
 
@@ -169,9 +171,10 @@ def build(arguments: RewardModelArguments, texts: list[str]):
     """Return (classifier in float32, tokenizer)."""
     labels = {"id2label": LABELS, "label2id": {name: i for i, name in LABELS.items()}, "num_labels": 2}
     if arguments.model_path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
-        model = AutoModelForSequenceClassification.from_pretrained(arguments.model_path, dtype=torch.float32, **labels)
-        return model, tokenizer
+        with opening(arguments.model_path, "model_path"):
+            tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
+            classifier = AutoModelForSequenceClassification
+            return classifier.from_pretrained(arguments.model_path, dtype=torch.float32, **labels), tokenizer
     tokenizer = new_tokenizer(arguments.model_type, texts, arguments.vocab_size)
     config = new_config(arguments.model_type, arguments.config_overrides, tokenizer)
     config.id2label, config.label2id = labels["id2label"], labels["label2id"]

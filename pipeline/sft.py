@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from pipeline.data.sources import Reviews, load_reviews, split_held_out
 from pipeline.errors import user_errors
 from pipeline.models.card import write_model_card
-from pipeline.models.loading import ModelError
+from pipeline.models.loading import ModelError, opening
 from pipeline.models.scratch import new_config, new_tokenizer
 from pipeline.runtime.command import command_line, parse_recipe
 
@@ -53,6 +53,8 @@ class SFTArguments:
     def __post_init__(self):
         if (self.model_path is None) == (self.model_type is None):
             raise ModelError("set either model_path (fine-tune) or model_type (from scratch), and not both.")
+        if not isinstance(getattr(torch, self.save_dtype, None), torch.dtype):
+            raise ModelError(f"save_dtype={self.save_dtype!r} is not a type of torch; bfloat16 and float32 are.")
 
 
 def chunk_reviews(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -85,8 +87,9 @@ class LogitsTrainer(SFTTrainer):
 def build(arguments: SFTArguments, training: Reviews):
     """Return (model in float32, tokenizer)."""
     if arguments.model_path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
-        return AutoModelForCausalLM.from_pretrained(arguments.model_path, dtype=torch.float32), tokenizer
+        with opening(arguments.model_path, "model_path"):
+            tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
+            return AutoModelForCausalLM.from_pretrained(arguments.model_path, dtype=torch.float32), tokenizer
     tokenizer = new_tokenizer(arguments.model_type, training.texts, arguments.vocab_size)
     config = new_config(arguments.model_type, arguments.config_overrides, tokenizer)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
@@ -153,8 +156,8 @@ def main() -> None:
             "held-out perplexity": math.exp(loss["eval_loss"]),
             **{f"sample {i + 1}": sample for i, sample in enumerate(samples)},
         },
-        limits="It writes movie reviews, with their opinions, prejudices and errors, and knows nothing else. Text "
-        f"stays on topic for some 30 tokens. Contexts longer than {config.max_length} tokens were not trained.",
+        limits="It writes movie reviews, with their opinions, prejudices and errors, and knows nothing else. The samples "
+        f"above show how long it keeps its thread. Contexts longer than {config.max_length} tokens were not seen.",
     )
 
 

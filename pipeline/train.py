@@ -19,20 +19,22 @@ from pipeline.evaluation import evaluate
 from pipeline.models.saving import save_policy
 from pipeline.reporting import Reporter, check_output_dir, claim_output_dir
 from pipeline.runtime.distributed import all_or_none, make_accelerator
+from pipeline.runtime.signals import StopRequest
 from pipeline.trainer import PPOTrainer
 
 
 def main() -> None:
+    stop = StopRequest()
+    stop.install()
     with user_errors():
         config = parse_config(__doc__)
-        accelerator = make_accelerator()
+        accelerator = make_accelerator(config.run.mixed_precision)
+        config.run.mixed_precision = accelerator.mixed_precision
         data, parts = all_or_none(accelerator, lambda: prepare(config, accelerator))
-        if accelerator.is_main_process:
-            claim_output_dir(config.output_dir)
+        all_or_none(accelerator, lambda: claim_output_dir(config.output_dir) if accelerator.is_main_process else None)
     trainer = PPOTrainer(
-        accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.training, config
+        accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.training, config, stop
     )
-    trainer.stop.install()
     with Reporter(config, enabled=accelerator.is_main_process) as reporter:
         reporter.console.say(describe(config, data, parts, accelerator))
         if warning := sampling_warning(config):

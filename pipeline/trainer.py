@@ -31,7 +31,7 @@ from pipeline.runtime.randomness import generator
 from pipeline.runtime.signals import StopRequest
 from pipeline.update import UpdateStats, learning_rate_at, update_policy
 
-# What the trainer tells its caller after each step: (step from 0, metrics, raw scores (N,), sample rows or None).
+# What the trainer tells its caller after each step: (step from 0, metrics, raw scores (N,), sample rows).
 SampleRows = list[tuple[str, str, float]]
 Report = Callable[[int, dict[str, float], Tensor, SampleRows], None]
 
@@ -54,6 +54,7 @@ class PPOTrainer:
         tokenizer: PreTrainedTokenizerBase,
         openings: Openings,
         config: Config,
+        stop: StopRequest,
     ):
         ppo = config.ppo
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -75,7 +76,7 @@ class PPOTrainer:
         self.config = config
         self.kl_coef = ppo.kl_coef
         self.moments = RunningMoments() if config.reward.reward_scaling else None
-        self.stop = StopRequest()
+        self.stop = stop
         self._seconds: dict[str, float] = defaultdict(float)
 
     def train(self, report: Report) -> int:

@@ -58,9 +58,11 @@ def is_held_out(text: str) -> bool:
 
 
 def split_held_out(reviews: Reviews) -> tuple[Reviews, Reviews]:
-    """Return (training, held-out) reviews; see `is_held_out`."""
+    """Return (training, held-out) reviews; see `is_held_out`. Raises `DataError` where one side is empty."""
     held_out = [is_held_out(text) for text in reviews.texts]
     training = [i for i, out in enumerate(held_out) if not out]
+    if len(training) in (0, len(reviews)):
+        raise DataError(f"{len(reviews)} reviews are too few to hold a tenth of them out; use more.")
     return reviews.select(training), reviews.select([i for i, out in enumerate(held_out) if out])
 
 

@@ -32,6 +32,8 @@ def opening(path: str, setting: str) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         folder = Path(path)
         if folder.is_dir():

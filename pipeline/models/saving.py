@@ -5,6 +5,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from pipeline.models.forward import causal_lm
 from pipeline.models.policy import Policy
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -19,18 +20,21 @@ def save_policy(
     `PeftModel.from_pretrained(base, directory)` does too.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    policy.model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    head = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.value_head.state_dict().items()}
-    save_file(head, directory / VALUE_HEAD_FILE)
-    GenerationConfig(
+    generation = GenerationConfig(
         do_sample=True,
         top_k=0,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    ).save_pretrained(directory)
+    )
+    # Saving the model saves its own settings too, and refuses where a checkpoint came with contradictory ones.
+    causal_lm(policy.model).generation_config = generation
+    policy.model.save_pretrained(directory)
+    generation.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    head = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.value_head.state_dict().items()}
+    save_file(head, directory / VALUE_HEAD_FILE)
 
 
 def load_value_head(policy: Policy, directory: Path) -> None:

@@ -40,6 +40,8 @@ class SentimentReward:
         self.scale: Scale = scale
         self.batch_size = batch_size
         with opening(model_path, "reward_model_path"):
+            if scale != "logit" and AutoConfig.from_pretrained(model_path).num_labels == 1:
+                raise ModelError(f"reward_scale={scale!r}: {model_path!r} has one output; its only scale is logit.")
             self.tokenizer = AutoTokenizer.from_pretrained(model_path)
             self.model = AutoModelForSequenceClassification.from_pretrained(model_path, dtype=torch.float32)
         self.model.requires_grad_(False).eval().to(device)
@@ -53,6 +55,8 @@ class SentimentReward:
         """Every scale at once: {"logit", "probability", "log_odds"}, each (n,) float32 on the CPU."""
         logits = self._logits([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
         own = logits[:, self.label_index]
+        if logits.shape[1] == 1:  # a reward model with one output has neither probability nor odds
+            return {"logit": own}
         others = logits.clone()
         others[:, self.label_index] = -torch.inf
         log_odds = own - others.logsumexp(-1)

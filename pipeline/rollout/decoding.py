@@ -64,7 +64,10 @@ def decode(
 
 
 def _new_cache(model: nn.Module, length: int):
-    """A static cache where the architecture's attention allows one, else a growing one."""
-    if getattr(model, "_can_compile_fullgraph", False):
+    """A static cache where the architecture allows one, else a growing one.
+
+    Under autocast rotary models make keys of float32 and values of less, which a static cache, of one type, refuses.
+    """
+    if getattr(model, "_can_compile_fullgraph", False) and not torch.is_autocast_enabled(model.device.type):
         return StaticCache(config=model.config, max_cache_len=length)
     return DynamicCache(config=model.config)

@@ -18,16 +18,23 @@ from pipeline.errors import OtherWorkerError, UserError
 T = TypeVar("T")
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
     """The accelerator for what `accelerate launch` set up: CUDA where there is any, else CPU over gloo.
 
+    Args:
+        mixed_precision: no, bf16 or fp16; None is what the launcher says.
+
     Raises:
-        RuntimeError: fewer processes joined than were launched.
+        RuntimeError: not as many processes joined as launch.sh, or else the launcher, asked for.
     """
     on_cpu = not torch.cuda.is_available()
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if on_cpu:  # DeepSpeed, imported where a model is saved, would otherwise warn of it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    launched = int(os.environ.get("PIPELINE_PROCESSES") or os.environ.get("WORLD_SIZE", "1"))
     group = InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=timedelta(minutes=30))
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[group] if launched > 1 else [])
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[group] if launched > 1 else []
+    )
     if accelerator.num_processes != launched:
         raise RuntimeError(
             f"{launched} processes were launched, but this one sees {accelerator.num_processes}: check "

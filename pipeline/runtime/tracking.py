@@ -1,6 +1,7 @@
 """Where rank zero writes a run's figures: `metrics.jsonl`, and wandb when asked."""
 
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -15,7 +16,8 @@ class MetricsFile:
         self._file = path.open("w", encoding="utf-8")
 
     def write(self, metrics: dict[str, float]) -> None:
-        json.dump(metrics, self._file)
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        json.dump(finite, self._file)
         self._file.write("\n")
         self._file.flush()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import SHAPES, random_causal_lm
 
+from pipeline.models.forward import response_logits
 from pipeline.rollout.decoding import decode
 from pipeline.rollout.sampling import SamplingOptions
 
@@ -83,6 +84,17 @@ def test_greedy_tokens_equal_generate(architecture, tokenizer):
     assert (tokens[:, width:] == PAD).all()
     assert mask[0].sum() <= 5
     assert len(tokens.unique()) > 4  # the comparison is not of one token repeated
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_decoding_in_bfloat16_follows_the_forward_over_the_whole_sequence(architecture, tokenizer):
+    model = random_causal_lm(architecture, tokenizer)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        tokens, mask = run(model, greedy=True)
+        whole = torch.cat([MASK, mask], 1)
+        logits, _ = response_logits(model, torch.cat([PROMPTS, tokens], 1), whole, LENGTH)
+    chosen = logits.float().gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    assert (logits.float().amax(-1) - chosen)[mask].max() < 0.25  # the two differ by rounding only
 
 
 @pytest.mark.parametrize("architecture", SHAPES)
