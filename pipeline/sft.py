@@ -157,7 +157,7 @@ def main() -> None:
             **{f"sample {i + 1}": sample for i, sample in enumerate(samples)},
         },
         limits="It writes movie reviews, with their opinions, prejudices and errors, and knows nothing else. The samples "
-        f"above show how long it keeps its thread. Contexts longer than {config.max_length} tokens were not seen.",
+        f"show how long it keeps its thread. Contexts longer than {config.max_length} tokens were not seen.",
     )
 
 
