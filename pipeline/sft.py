@@ -156,7 +156,7 @@ def main() -> None:
             "held-out perplexity": math.exp(loss["eval_loss"]),
             **{f"sample {i + 1}": sample for i, sample in enumerate(samples)},
         },
-        limits="It writes movie reviews, with their opinions, prejudices and errors, and knows nothing else. The samples "
+        limits="It writes movie reviews, with their opinions, prejudices and errors, and nothing else. The samples "
         f"show how long it keeps its thread. Contexts longer than {config.max_length} tokens were not seen.",
     )
 

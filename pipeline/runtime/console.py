@@ -1,16 +1,21 @@
 """What a person sees while a run goes on: a live bar on a terminal, plain lines in a log."""
 
+import sys
+
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+LOG_WIDTH = 140  # characters of a table that goes to a file
 
 
 class Console:
     """Progress of a run of `steps` steps; nothing at all unless `enabled` (rank zero)."""
 
     def __init__(self, steps: int, *, enabled: bool):
-        self._rich = RichConsole(highlight=False, soft_wrap=True, quiet=not enabled)
+        width = None if sys.stdout.isatty() else LOG_WIDTH
+        self._rich = RichConsole(highlight=False, soft_wrap=True, quiet=not enabled, width=width)
         self._steps = steps
         self._live = enabled and self._rich.is_terminal
         self._progress = Progress(
@@ -63,8 +68,7 @@ class Console:
             table.add_column(name, overflow="fold")
         for row in rows[1:]:
             table.add_row(*map(Text, row))
-        width = None if self._rich.is_terminal else 140
-        self._rich.print(table, width=width, soft_wrap=False)
+        self._rich.print(table, soft_wrap=False)
 
 
 def format_seconds(seconds: float) -> str:
