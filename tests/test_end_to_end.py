@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
     """A short run of the quickstart recipe."""
     run = tmp_path_factory.mktemp("end_to_end") / "quickstart"
     argv = ["train", "--config", str(ROOT / "recipes/quickstart.yaml"), "--output_dir", str(run)]
-    argv += ["--steps", "10", "--rollout_batch_size", "64", "--minibatch_size", "16", "--evaluation_prompts", "128"]
+    argv += ["--steps", "10", "--rollout_batch_size", "256", "--minibatch_size", "64", "--evaluation_prompts", "128"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", argv)
