@@ -24,8 +24,14 @@ from pipeline.trainer import PPOTrainer
 
 
 def main() -> None:
-    stop = StopRequest()
-    stop.install()
+    with StopRequest() as stop:
+        failure = start_and_run(stop)
+    if failure is not None:
+        leave(REWARD_FAILED, failure)
+
+
+def start_and_run(stop: StopRequest) -> UserError | None:
+    """Everything between the command line and the exit code; returns the error of a reward that failed in mid-run."""
     with user_errors():
         config = parse_config(__doc__)
         accelerator = make_accelerator(config.run.mixed_precision)
@@ -42,8 +48,7 @@ def main() -> None:
         failure = run(trainer, reporter, config, data, parts)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if failure is not None:
-        leave(REWARD_FAILED, failure)
+    return failure
 
 
 def prepare(config: Config, accelerator: Accelerator) -> tuple[Data, Parts]:

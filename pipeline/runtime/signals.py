@@ -8,16 +8,24 @@ SAME_REQUEST_SECONDS = 1.0  # a launcher repeats the terminal's signal within mi
 
 
 class StopRequest:
-    """Remembers SIGINT or SIGTERM; the loop asks at each step. A second SIGINT, a second later, exits at once."""
+    """Remembers SIGINT or SIGTERM; the loop asks at each step. A second SIGINT, a second later, exits at once.
+
+    As a context it takes over both signals and gives them back at the end; main thread only.
+    """
 
     def __init__(self):
         self.signal_name: str | None = None
         self._first = 0.0
+        self._before: dict[int, object] = {}
 
-    def install(self) -> None:
-        """Take over SIGINT and SIGTERM; main thread only."""
-        signal.signal(signal.SIGINT, self._handle)
-        signal.signal(signal.SIGTERM, self._handle)
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     @property
     def requested(self) -> bool:

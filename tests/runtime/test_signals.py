@@ -20,12 +20,16 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def stop(clock):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    stop = StopRequest()
-    stop.install()
-    yield stop
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with StopRequest() as stop:
+        yield stop
+
+
+def test_the_signals_are_given_back_at_the_end():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(ZeroDivisionError), StopRequest():
+        assert all(signal.getsignal(number) != handler for number, handler in before.items())
+        raise ZeroDivisionError
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def test_nothing_is_requested_before_a_signal(stop):
