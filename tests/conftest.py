@@ -89,8 +89,12 @@ def tiny_classifier(tmp_path_factory, reviews):
     config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config).eval()
-    with torch.no_grad():
-        model.classifier.weight.mul_(20)
+    with (
+        torch.no_grad()
+    ):  # fresh weights give every text the same score, and a test of order or batching proves nothing
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(12)
     model.save_pretrained(folder)
     tokenizer.model_max_length = 64
     tokenizer.save_pretrained(folder)
