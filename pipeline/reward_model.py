@@ -28,7 +28,7 @@ from pipeline.data.sources import DataError, Reviews, load_reviews, split_held_o
 from pipeline.errors import user_errors
 from pipeline.models.card import write_model_card
 from pipeline.models.loading import ModelError, opening
-from pipeline.models.scratch import new_config, new_tokenizer
+from pipeline.models.scratch import new_config, tokenizer_of_run
 from pipeline.runtime.command import command_line, parse_recipe
 
 LABELS = {0: "NEGATIVE", 1: "POSITIVE"}
@@ -167,7 +167,7 @@ def load_labelled(arguments: RewardModelArguments) -> dict[str, tuple[Reviews, R
     return parts
 
 
-def build(arguments: RewardModelArguments, texts: list[str]):
+def build(arguments: RewardModelArguments, run: TrainingArguments, texts: list[str]):
     """Return (classifier in float32, tokenizer)."""
     labels = {"id2label": LABELS, "label2id": {name: i for i, name in LABELS.items()}, "num_labels": 2}
     if arguments.model_path is not None:
@@ -175,7 +175,7 @@ def build(arguments: RewardModelArguments, texts: list[str]):
             tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
             classifier = AutoModelForSequenceClassification
             return classifier.from_pretrained(arguments.model_path, dtype=torch.float32, **labels), tokenizer
-    tokenizer = new_tokenizer(arguments.model_type, texts, arguments.vocab_size)
+    tokenizer = tokenizer_of_run(run, arguments.model_type, texts, arguments.vocab_size)
     config = new_config(arguments.model_type, arguments.config_overrides, tokenizer)
     config.id2label, config.label2id = labels["id2label"], labels["label2id"]
     return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32), tokenizer
@@ -192,7 +192,7 @@ def main() -> None:
         [text for part, _ in parts.values() for text in part.texts],
         [label for part, _ in parts.values() for label in part.labels],
     )
-    model, tokenizer = build(arguments, training.texts)
+    model, tokenizer = build(arguments, config, training.texts)
     tokenizer.model_max_length = arguments.max_window
     held_out = {name: tokenize(part, tokenizer) for name, (_, part) in parts.items()}
     trainer = WindowTrainer(

@@ -27,7 +27,7 @@ from pipeline.data.sources import Reviews, load_reviews, split_held_out
 from pipeline.errors import user_errors
 from pipeline.models.card import write_model_card
 from pipeline.models.loading import ModelError, opening
-from pipeline.models.scratch import new_config, new_tokenizer
+from pipeline.models.scratch import new_config, tokenizer_of_run
 from pipeline.runtime.command import command_line, parse_recipe
 
 
@@ -84,13 +84,13 @@ class LogitsTrainer(SFTTrainer):
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
-def build(arguments: SFTArguments, training: Reviews):
+def build(arguments: SFTArguments, run: SFTConfig, training: Reviews):
     """Return (model in float32, tokenizer)."""
     if arguments.model_path is not None:
         with opening(arguments.model_path, "model_path"):
             tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
             return AutoModelForCausalLM.from_pretrained(arguments.model_path, dtype=torch.float32), tokenizer
-    tokenizer = new_tokenizer(arguments.model_type, training.texts, arguments.vocab_size)
+    tokenizer = tokenizer_of_run(run, arguments.model_type, training.texts, arguments.vocab_size)
     config = new_config(arguments.model_type, arguments.config_overrides, tokenizer)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
 
@@ -117,7 +117,7 @@ def main() -> None:
     arguments, config = parse_recipe((SFTArguments, SFTConfig), __doc__, use_cpu=not torch.cuda.is_available())
     set_seed(config.seed)
     training, held_out = split_held_out(load_reviews(arguments.dataset, text_column=arguments.text_column))
-    model, tokenizer = build(arguments, training)
+    model, tokenizer = build(arguments, config, training)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.model_max_length = model.config.max_position_embeddings
     trainer = LogitsTrainer(

@@ -49,8 +49,9 @@ def test_chunks_are_full_but_for_short_reviews_which_end_with_eos(tokenizer):
 
 def test_reward_model_from_scratch_resumes_and_learns_labels_by_name(tmp_path, monkeypatch, capsys):
     data = tmp_path / "labelled.jsonl"
-    words = {0: "awful boring bad", 1: "great lovely good"}
-    rows = [{"text": f"film {i} was {words[i % 2]} and {i * 7} more", "label": i % 2} for i in range(120)]
+    words = ["awful", "great", "boring", "lovely", "bad", "good"]  # one a text, so that each must be learned
+    texts = [f"{word} film {word} and number {i} was {word}" for i, word in enumerate(words * 40)]
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
     data.write_text("\n".join(map(json.dumps, rows)))
     output = tmp_path / "classifier"
     arguments = [
@@ -69,12 +70,14 @@ def test_reward_model_from_scratch_resumes_and_learns_labels_by_name(tmp_path, m
     ]
     arguments += ["--max_window", "32", "--output_dir", str(output), *SHARED]
     run(monkeypatch, reward_model, *arguments, "--max_steps", "4")
-    run(monkeypatch, reward_model, *arguments, "--max_steps", "100")
+    vocabulary = AutoTokenizer.from_pretrained(output).get_vocab()
+    run(monkeypatch, reward_model, *arguments, "--max_steps", "300")
+    assert AutoTokenizer.from_pretrained(output).get_vocab() == vocabulary
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert model.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"} and model.dtype == torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(output)
-    inputs = tokenizer(["film was great", "film was awful"], return_tensors="pt", padding=True)
-    assert model(**inputs).logits.argmax(-1).tolist() == [1, 0]
+    inputs = tokenizer([f"{word} film {word} was {word}" for word in words], return_tensors="pt", padding=True)
+    assert model(**inputs).logits.argmax(-1).tolist() == [0, 1, 0, 1, 0, 1]
     assert "Held out:" in capsys.readouterr().out
     assert "accuracy on" in (output / "README.md").read_text()
 

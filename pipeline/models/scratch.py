@@ -2,8 +2,17 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
-from transformers import CONFIG_MAPPING, TOKENIZER_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    TOKENIZER_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
 
 from pipeline.models.loading import ModelError
 
@@ -23,6 +32,22 @@ def new_tokenizer(model_type: str, texts: Sequence[str], vocab_size: int) -> Pre
     if len(tokenizer) > vocab_size or tokenizer.decode(tokenizer(probe, add_special_tokens=False).input_ids) != probe:
         raise ModelError(f"the tokenizer trained for {model_type!r} ({len(tokenizer)} tokens) does not round-trip.")
     return tokenizer
+
+
+def tokenizer_of_run(
+    run: TrainingArguments, model_type: str, texts: Sequence[str], vocab_size: int
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a training from scratch: trained once, by rank zero, and kept in the run's directory.
+
+    Two trainings on the same texts number some tokens differently (ties are broken by the process), so a resumed run
+    or a second worker that trained its own would read the weights with other ids.
+    """
+    folder = Path(run.output_dir) / "tokenizer"
+    with run.main_process_first(local=False):
+        folder.mkdir(parents=True, exist_ok=True)
+        if run.process_index == 0 and get_last_checkpoint(run.output_dir) is None:
+            new_tokenizer(model_type, texts, vocab_size).save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def new_config(model_type: str, overrides: str | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
