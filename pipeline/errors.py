@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 BAD_SETTINGS = 2
 REWARD_FAILED = 3
+STOPPED_BY_SIGNAL = 128  # plus the signal's number, as shells do: 130 SIGINT, 138 SIGUSR1, 143 SIGTERM
 
 STATUS_FILE_VARIABLE = "PIPELINE_STATUS_FILE"
 
@@ -19,21 +20,22 @@ class OtherWorkerError(UserError):
     """This worker is well, another one has a `UserError` and says so."""
 
 
-def leave(code: int, error: UserError) -> None:
-    """End the program with one `error:` line and `code`.
+def leave(code: int, error: UserError | None = None) -> None:
+    """End the program with `code` and, where there is an error, one `error:` line.
 
-    Under launch.sh the first worker at fault leaves both in a file instead, for launch.sh to tell when all have ended:
-    a launcher would answer a bad exit code by killing the workers that have not spoken yet, and with a traceback.
+    Under launch.sh the first worker that leaves writes both into a file instead, for launch.sh to tell when all have
+    ended: a launcher would answer an exit code by killing the workers that have not ended yet, and with a traceback.
     """
     told = os.environ.get(STATUS_FILE_VARIABLE)
     if isinstance(error, OtherWorkerError):
         sys.exit(0 if told else code)
+    message = "" if error is None else f"error: {error}\n"
     if not told:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(message, end="", file=sys.stderr, flush=True)
         sys.exit(code)
     try:
         with open(told, "x", encoding="utf-8") as file:
-            file.write(f"{code}\nerror: {error}\n")
+            file.write(f"{code}\n{message}")
     except FileExistsError:
         pass
     sys.exit(0)

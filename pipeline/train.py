@@ -5,16 +5,17 @@
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m pipeline.train --config recipes/gpt2_imdb.yaml
 
 Writes into output_dir: config.yaml, metrics.jsonl, the tuned model with tokenizer and value head, evaluation.json and
-evaluation.md. Exit codes: 0 finished, or stopped by a signal with the model saved (launch.sh: 130 after Ctrl-C); 2 a
-setting, file or reward is at fault and nothing was trained; 3 the reward failed in mid-run and what was learned until
-then is saved.
+evaluation.md. Exit codes: 0 finished; 2 a setting, file or reward is at fault and nothing was trained; 3 the reward
+failed in mid-run, what was learned is saved; 130, 138, 143 stopped by SIGINT (Ctrl-C), SIGUSR1 or SIGTERM, saved too.
 """
+
+import signal
 
 from accelerate import Accelerator
 
 from pipeline.assembly import Data, Parts, build_parts, open_data, parse_config, sampling_warning
 from pipeline.config import Config, require_divides_by_workers
-from pipeline.errors import REWARD_FAILED, UserError, leave, user_errors
+from pipeline.errors import REWARD_FAILED, STOPPED_BY_SIGNAL, UserError, leave, user_errors
 from pipeline.evaluation import evaluate
 from pipeline.models.saving import save_policy
 from pipeline.reporting import Reporter, check_output_dir, claim_output_dir
@@ -25,13 +26,13 @@ from pipeline.trainer import PPOTrainer
 
 def main() -> None:
     with StopRequest() as stop:
-        failure = start_and_run(stop)
-    if failure is not None:
-        leave(REWARD_FAILED, failure)
+        code, failure = start_and_run(stop)
+    if code:
+        leave(code, failure)
 
 
-def start_and_run(stop: StopRequest) -> UserError | None:
-    """Everything between the command line and the exit code; returns the error of a reward that failed in mid-run."""
+def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
+    """Everything between the command line and the exit code, and the error of a reward that failed in mid-run."""
     with user_errors():
         config = parse_config(__doc__)
         accelerator = make_accelerator(config.run.mixed_precision)
@@ -48,7 +49,9 @@ def start_and_run(stop: StopRequest) -> UserError | None:
         failure = run(trainer, reporter, config, data, parts)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return failure
+    if failure is not None:
+        return REWARD_FAILED, failure
+    return STOPPED_BY_SIGNAL + trainer.stopped_by if trainer.stopped_by else 0, None
 
 
 def prepare(config: Config, accelerator: Accelerator) -> tuple[Data, Parts]:
@@ -78,8 +81,8 @@ def run(trainer: PPOTrainer, reporter: Reporter, config: Config, data: Data, par
     say(f"The model is saved in {config.output_dir}")
     if failure is not None:
         return failure
-    if finished < config.ppo.steps:
-        say(f"Stopped by {trainer.stop.signal_name or 'another worker'} after {finished} of {config.ppo.steps} steps. "
+    if trainer.stopped_by:
+        say(f"Stopped by {signal.Signals(trainer.stopped_by).name} after {finished} of {config.ppo.steps} steps. "
             f"`python -m pipeline.evaluate {config.output_dir}` compares it with the original.")  # fmt: skip
     elif config.run.evaluation_prompts:
         try:

@@ -26,7 +26,7 @@ from pipeline.rollout.rollout import (
     sample_responses,
 )
 from pipeline.rollout.sampling import SamplingOptions
-from pipeline.runtime.distributed import all_or_none, any_worker, gather_fields, peak_memory_gigabytes, share
+from pipeline.runtime.distributed import agreed_signal, all_or_none, gather_fields, peak_memory_gigabytes, share
 from pipeline.runtime.randomness import generator
 from pipeline.runtime.signals import StopRequest
 from pipeline.update import UpdateStats, learning_rate_at, update_policy
@@ -77,6 +77,7 @@ class PPOTrainer:
         self.kl_coef = ppo.kl_coef
         self.moments = RunningMoments() if config.reward.reward_scaling else None
         self.stop = stop
+        self.stopped_by = 0  # number of the signal that ended the loop early
         self._seconds: dict[str, float] = defaultdict(float)
 
     def train(self, report: Report) -> int:
@@ -86,7 +87,8 @@ class PPOTrainer:
             RewardError: the reward broke its contract; the policy keeps what it learned until then.
         """
         for step in range(self.config.ppo.steps):
-            if any_worker(self.accelerator, self.stop.requested):
+            self.stopped_by = agreed_signal(self.accelerator, self.stop.signal_number)
+            if self.stopped_by:
                 return step
             self._seconds.clear()
             with self._timed("step"):

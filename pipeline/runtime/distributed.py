@@ -72,6 +72,13 @@ def any_worker(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device, dtype=torch.int32)).any())
 
 
+def agreed_signal(accelerator: Accelerator, number: int) -> int:
+    """The largest signal number any worker got (0: none), the same on all of them."""
+    if accelerator.num_processes == 1:
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device, dtype=torch.int32)).max())
+
+
 def all_or_none(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """Run `action` on every worker; where it raises a `UserError` on any of them, raise on all.
 
