@@ -26,6 +26,7 @@ from pipeline.rollout.rollout import (
     sample_responses,
 )
 from pipeline.runtime.distributed import all_or_none, gather_fields, share
+from pipeline.runtime.engine import autocast
 from pipeline.trainer import sampling_noise, sampling_options
 
 EVALUATION_SEED = 20260  # fixed, so that runs of any seed are compared on the same prompts and noise
@@ -158,7 +159,7 @@ def _side(
         EVALUATION_SEED, 0, len(prompts), rollout.response_min_tokens, rollout.response_max_tokens
     )
     options = {"temperature": rollout.temperature, "microbatch_size": rollout.rollout_microbatch_size}
-    with accelerator.autocast(), torch.no_grad():
+    with autocast(accelerator), torch.no_grad():
         responses = sample_responses(
             model,
             prompts.slice(mine.start, mine.stop),

@@ -20,6 +20,7 @@ from pipeline.evaluation import evaluate
 from pipeline.models.saving import save_policy
 from pipeline.reporting import Reporter, check_output_dir, claim_output_dir
 from pipeline.runtime.distributed import all_or_none, make_accelerator
+from pipeline.runtime.engine import gathered, precision, strategy
 from pipeline.runtime.signals import StopRequest
 from pipeline.trainer import PPOTrainer
 
@@ -36,7 +37,7 @@ def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
     with user_errors():
         config = parse_config(__doc__)
         accelerator = make_accelerator(config.run.mixed_precision)
-        config.run.mixed_precision = accelerator.mixed_precision
+        config.run.mixed_precision = precision(accelerator)
         data, parts = all_or_none(accelerator, lambda: prepare(config, accelerator))
         all_or_none(accelerator, lambda: claim_output_dir(config.output_dir) if accelerator.is_main_process else None)
     trainer = PPOTrainer(
@@ -70,14 +71,15 @@ def run(trainer: PPOTrainer, reporter: Reporter, config: Config, data: Data, par
         finished = trainer.train(reporter.step)
     except UserError as error:
         failure = error
-    if accelerator.is_main_process:
-        save_policy(
-            parts.policy,
-            data.tokenizer,
-            config.output_dir,
-            max_new_tokens=config.rollout.response_max_tokens,
-            temperature=config.rollout.temperature,
-        )
+    with gathered(trainer.engine):
+        if accelerator.is_main_process:
+            save_policy(
+                parts.policy,
+                data.tokenizer,
+                config.output_dir,
+                max_new_tokens=config.rollout.response_max_tokens,
+                temperature=config.rollout.temperature,
+            )
     say(f"The model is saved in {config.output_dir}")
     if failure is not None:
         return failure
@@ -86,11 +88,11 @@ def run(trainer: PPOTrainer, reporter: Reporter, config: Config, data: Data, par
             f"`python -m pipeline.evaluate {config.output_dir}` compares it with the original.")  # fmt: skip
     elif config.run.evaluation_prompts:
         try:
-            reporter.evaluation(
-                evaluate(
+            with gathered(trainer.engine):
+                evaluation = evaluate(
                     accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config
                 )
-            )
+            reporter.evaluation(evaluation)
         except UserError as error:
             return error
     return None
@@ -104,8 +106,8 @@ def describe(config: Config, data: Data, parts: Parts, accelerator: Accelerator)
         f"{config.model.model_path}: {trainable / 1e6:.2f} M trainable parameters"
         f"{' (LoRA, sharing the reference)' if parts.reference.is_shared else ' and a frozen reference'}; "
         f"{len(data.training)} training and {len(data.held_out)} held-out openings.\n"
-        f"{workers} worker{'s' if workers > 1 else ''} on {accelerator.device.type}, precision "
-        f"{accelerator.mixed_precision}: {config.rollout.rollout_batch_size // workers} rollouts and "
+        f"{workers} worker{'s' if workers > 1 else ''} on {accelerator.device.type} ({strategy(accelerator)}), "
+        f"precision {precision(accelerator)}: {config.rollout.rollout_batch_size // workers} rollouts and "
         f"{ppo.minibatch_size // workers} of each minibatch's {ppo.minibatch_size} samples a worker; "
         f"{ppo.steps} steps of {ppo.ppo_epochs} epochs; writing to {config.output_dir}"
     )

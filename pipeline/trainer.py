@@ -1,5 +1,6 @@
 """The PPO loop: rollout, score, gather, advantages, update, report. Each step is a method below, in that order."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from pipeline.rollout.rollout import (
 )
 from pipeline.rollout.sampling import SamplingOptions
 from pipeline.runtime.distributed import agreed_signal, all_or_none, gather_fields, peak_memory_gigabytes, share
+from pipeline.runtime.engine import autocast, gathered, prepare_engine
 from pipeline.runtime.randomness import generator
 from pipeline.runtime.signals import StopRequest
 from pipeline.update import UpdateStats, learning_rate_at, update_policy
@@ -68,7 +70,15 @@ class PPOTrainer:
         )
         self.accelerator = accelerator
         self.policy = policy
-        self.engine, self.optimizer = accelerator.prepare(policy, optimizer)
+        mine = ppo.minibatch_size // accelerator.num_processes
+        self.engine, self.optimizer = prepare_engine(
+            accelerator,
+            policy,
+            optimizer,
+            microbatch_size=min(ppo.microbatch_size, mine),
+            microbatches=math.ceil(mine / ppo.microbatch_size),
+            max_grad_norm=ppo.max_grad_norm,
+        )
         self.reference = reference
         self.reward = reward
         self.tokenizer = tokenizer
@@ -93,12 +103,14 @@ class PPOTrainer:
             self._seconds.clear()
             with self._timed("step"):
                 prompts = self.draw_prompts(step)
-                with self._timed("sample"):
-                    responses = self.sample(step, prompts)
-                with self._timed("score"):
-                    scores = self.score(prompts, responses)
-                with self._timed("forward"):
-                    rollout = self.gather(self.read(responses, scores))
+                with gathered(self.engine):
+                    with self._timed("sample"):
+                        responses = self.sample(step, prompts)
+                    with self._timed("score"):
+                        scores = self.score(prompts, responses)
+                    with self._timed("forward"):
+                        mine = self.read(responses, scores)
+                rollout = self.gather(mine)
                 advantages = self.advantages(rollout)
                 with self._timed("update"):
                     stats = self.update(step, rollout, advantages)
@@ -128,7 +140,7 @@ class PPOTrainer:
         uniforms, lengths = sampling_noise(
             seed, step, len(prompts), rollout.response_min_tokens, rollout.response_max_tokens
         )
-        with self.accelerator.autocast():
+        with autocast(self.accelerator):
             return sample_responses(
                 self.policy.model,
                 prompts.slice(mine.start, mine.stop),
@@ -152,7 +164,7 @@ class PPOTrainer:
         """This worker's responses with log-probs, values, entropy and reference log-probs."""
         rollout = self.config.rollout
         options = {"temperature": rollout.temperature, "microbatch_size": rollout.rollout_microbatch_size}
-        with self.accelerator.autocast():
+        with autocast(self.accelerator):
             logprobs, values, entropy = policy_outputs(self.policy, responses, **options)
             ref_logprobs = reference_logprobs(self.reference, responses, **options)
         return Rollout(**vars(responses), logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,

@@ -1,6 +1,5 @@
 """The policy update: epochs of minibatches over one rollout batch, each minibatch one optimiser step."""
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from pipeline.ppo.advantages import Advantages
 from pipeline.ppo.losses import PPOLoss, ppo_loss
 from pipeline.rollout.rollout import Rollout
 from pipeline.runtime.distributed import reduce_stats, share
+from pipeline.runtime.engine import accumulating, backward, optimizer_step
 from pipeline.runtime.randomness import generator
 
 SUMS = ("policy_loss", "value_loss", "policy_clipped", "value_clipped", "approx_kl", "ratio")
@@ -82,9 +82,7 @@ def update_policy(
                 maxima[0] = torch.maximum(maxima[0], loss.ratio_max)
                 if first:
                     maxima[1] = torch.maximum(maxima[1], loss.ratio_deviation)
-            gradient_norm += accelerator.clip_grad_norm_(engine.parameters(), settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            gradient_norm += optimizer_step(accelerator, engine, optimizer, settings.max_grad_norm)
             epoch_tokens += tokens
             optimizer_steps += 1
         epochs += 1
@@ -120,8 +118,8 @@ def _backward(
     microbatches = mine.split(settings.microbatch_size)
     for i, index in enumerate(microbatches):
         part = rollout.take(index)
-        is_last = i + 1 == len(microbatches)
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(engine):
+        last = i + 1 == len(microbatches)
+        with accumulating(accelerator, engine, last=last):
             outputs = engine(part.tokens, part.mask, part.response_tokens.shape[1], temperature)
             loss = ppo_loss(
                 outputs.logprobs,
@@ -136,6 +134,6 @@ def _backward(
                 value_coef=settings.value_coef,
             )
             # Data parallelism averages gradients over the workers; the minibatch wants their sum.
-            accelerator.backward(loss.loss * accelerator.num_processes / minibatch_tokens)
+            backward(accelerator, engine, loss.loss * accelerator.num_processes / minibatch_tokens, last=last)
         losses.append(loss)
     return losses

@@ -14,6 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from pipeline.errors import OtherWorkerError, UserError
+from pipeline.runtime.engine import adopt_deepspeed
 
 T = TypeVar("T")
 
@@ -25,16 +26,25 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
         mixed_precision: no, bf16 or fp16; None is what the launcher says.
 
     Raises:
+        EngineError: see `adopt_deepspeed`.
         RuntimeError: not as many processes joined as launch.sh, or else the launcher, asked for.
     """
     on_cpu = not torch.cuda.is_available()
-    if on_cpu:  # DeepSpeed, imported where a model is saved, would otherwise warn of it
+    if on_cpu:  # DeepSpeed looks for a GPU otherwise
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     launched = int(os.environ.get("PIPELINE_PROCESSES") or os.environ.get("WORLD_SIZE", "1"))
     group = InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=timedelta(minutes=30))
+    uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # cpu=True would go around it
+    if uses_deepspeed and on_cpu:
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling; gloo does as well
     accelerator = Accelerator(
-        mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[group] if launched > 1 else []
+        mixed_precision=mixed_precision,
+        cpu=on_cpu and not uses_deepspeed,
+        kwargs_handlers=[group] if launched > 1 or uses_deepspeed else [],
     )
+    adopt_deepspeed(accelerator)
     if accelerator.num_processes != launched:
         raise RuntimeError(
             f"{launched} processes were launched, but this one sees {accelerator.num_processes}: check "

@@ -1,0 +1,151 @@
+"""One engine, whatever shards it: plain, data parallel, DeepSpeed ZeRO-1/2/3 or FSDP2, behind the same few calls.
+
+DeepSpeed keeps float32 weights here and computes under torch's autocast, as the other strategies do: its own bf16 mode
+would round the policy's weights and make the first ratio differ from 1.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers.integrations import unset_hf_deepspeed_config
+
+from pipeline.errors import UserError
+
+
+class EngineError(UserError, ValueError):
+    """What was asked does not go with how the run is sharded; the message names both."""
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's ZeRO stage, 0 without DeepSpeed."""
+    return accelerator.state.deepspeed_plugin.zero_stage if is_deepspeed(accelerator) else 0
+
+
+def strategy(accelerator: Accelerator) -> str:
+    """How weights and optimiser are shared: single, ddp, zero1, zero2, zero3 or fsdp2."""
+    if is_deepspeed(accelerator):
+        return f"zero{zero_stage(accelerator)}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def precision(accelerator: Accelerator) -> str:
+    """no, bf16 or fp16: the type of the forwards. Weights are float32 always."""
+    if is_deepspeed(accelerator):
+        return "bf16" if accelerator.state.deepspeed_plugin.deepspeed_config["torch_autocast"]["enabled"] else "no"
+    return accelerator.mixed_precision
+
+
+def adopt_deepspeed(accelerator: Accelerator) -> None:
+    """Make DeepSpeed, where it is used, behave as the other strategies do.
+
+    Its mixed precision becomes torch's autocast, and transformers loads whole models (the reference and the reward are
+    replicated; it would otherwise shard every model it opens under ZeRO-3).
+
+    Raises:
+        EngineError: fp16, whose loss scale would need DeepSpeed's own half-precision weights.
+    """
+    if not is_deepspeed(accelerator):
+        return
+    asked = accelerator.mixed_precision
+    if asked not in ("no", "bf16"):
+        raise EngineError(f"mixed_precision={asked!r} does not go with DeepSpeed here; use bf16 or no.")
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["bf16"] = {"enabled": False}
+    unset_hf_deepspeed_config()
+    config["torch_autocast"] = {"enabled": asked == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
+
+
+def autocast(accelerator: Accelerator) -> contextlib.AbstractContextManager:
+    """The precision of all forwards outside the engine; the engine's own forward has the same."""
+    if is_deepspeed(accelerator):
+        return torch.autocast(
+            accelerator.device.type, torch.bfloat16, enabled=precision(accelerator) == "bf16", cache_enabled=True
+        )
+    return accelerator.autocast()
+
+
+def prepare_engine(
+    accelerator: Accelerator,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    microbatch_size: int,
+    microbatches: int,
+    max_grad_norm: float,
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Wrap policy and optimiser; sizes per worker and optimiser step come from the run, never from a DeepSpeed file."""
+    if is_deepspeed(accelerator):
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=microbatch_size,
+            gradient_accumulation_steps=microbatches,
+            gradient_clipping=max_grad_norm,
+            zero_force_ds_cpu_optimizer=False,  # torch's fused Adam needs no compiler at the start
+        )
+        accelerator.gradient_accumulation_steps = microbatches
+    return accelerator.prepare(policy, optimizer)
+
+
+def accumulating(accelerator: Accelerator, engine: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
+    """Context of a microbatch's forward and backward: workers exchange gradients with the last one only."""
+    if last or is_deepspeed(accelerator):
+        return contextlib.nullcontext()
+    return accelerator.no_sync(engine)
+
+
+def backward(accelerator: Accelerator, engine: nn.Module, loss: Tensor, *, last: bool) -> None:
+    """Add the gradient of `loss`; gradients are averaged over the workers and summed over microbatches."""
+    if is_deepspeed(accelerator):
+        engine.set_gradient_accumulation_boundary(last)
+        engine.backward(loss, scale_wrt_gas=False)
+    else:
+        accelerator.backward(loss)
+
+
+def optimizer_step(
+    accelerator: Accelerator, engine: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> Tensor:
+    """Clip, step, clear; returns the gradient's global norm before clipping."""
+    if is_deepspeed(accelerator):
+        engine.step()  # clips by its configuration
+        return torch.as_tensor(engine.get_global_grad_norm(), device=accelerator.device)
+    norm = accelerator.clip_grad_norm_(engine.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+@contextlib.contextmanager
+def gathered(engine: nn.Module) -> Iterator[None]:
+    """A context in which every worker holds all of a sharded engine's weights, to read and not to change.
+
+    Sampling reads every weight once a token: gathering them layer by layer, as a training forward does, would move the
+    whole model over the network for each. So they are gathered once, and the engine's hooks stay out of the way.
+    """
+    with contextlib.ExitStack() as stack:
+        if hasattr(engine, "zero_optimization_partition_weights") and engine.zero_optimization_partition_weights():
+            import deepspeed
+            from trl.models.utils import add_hooks, remove_hooks
+
+            stack.enter_context(deepspeed.zero.GatheredParameters(list(engine.parameters())))
+            remove_hooks(engine)
+            stack.callback(add_hooks, engine)
+        else:
+            from torch.distributed.fsdp import FSDPModule
+
+            sharded = [module for module in engine.modules() if isinstance(module, FSDPModule)]
+            for module in sharded:
+                module.set_reshard_after_forward(False, recurse=False)
+                module.unshard()
+                stack.callback(module.reshard)
+                stack.callback(module.set_reshard_after_forward, True, recurse=False)
+        yield
