@@ -10,12 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def launch(processes: int, script: list[str], *, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """Run a script or `-m module` under `accelerate launch` with the shipped configuration for that many processes."""
+def launch(
+    processes: int, script: list[str], *, config: str | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """Run a script or `-m module` under `accelerate launch` with a shipped configuration, by default for the CPU."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    config = "single_gpu" if processes == 1 else "cpu"
+    config = config or ("single_gpu" if processes == 1 else "cpu")
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
     command += [str(ROOT / "accelerate_configs" / f"{config}.yaml"), "--num_processes", str(processes)]
     command += ["--main_process_port", str(port), *script]

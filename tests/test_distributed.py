@@ -1,46 +1,79 @@
-"""One worker or two: the same responses, the same losses."""
+"""One worker or several, however weights are shared: the same responses, the same losses, a model that reloads."""
 
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from launching import launch, metrics
+from peft import PeftModel
+from recorded_run import PROBE
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+LORA = ("--use_peft", "--lora_r", "4")
+STEPS = 5
 
-def recorded(tmp_path: Path, recipe: str, processes: int, *settings: str) -> tuple[Path, list[list[dict]]]:
-    """Run the recipe; return its directory and each worker's rollouts."""
-    run, record = tmp_path / f"run{processes}", tmp_path / f"record{processes}"
-    record.mkdir()
-    script = ["tests/recorded_run.py", "--config", recipe, "--output_dir", str(run), *settings]
-    done = launch(processes, script, env={"RECORD_DIR": str(record)})
+
+def recorded(directory: Path, recipe: str, processes: int, *settings: str, config: str | None = None) -> Path:
+    """Run the recipe for five steps and keep every worker's rollouts in the directory."""
+    directory.mkdir()
+    script = ["tests/recorded_run.py", "--config", recipe, "--output_dir", str(directory / "run"), *settings]
+    done = launch(processes, [*script, "--steps", str(STEPS)], config=config, env={"RECORD_DIR": str(directory)})
     assert done.returncode == 0, done.stdout + done.stderr
-    return run, [torch.load(record / f"rank{rank}.pt") for rank in range(processes)]
+    return directory
 
 
-@pytest.mark.parametrize("settings", [(), ("--use_peft", "--lora_r", "4")], ids=["full", "lora"])
-def test_two_workers_sample_and_learn_what_one_does(tmp_path, tiny_recipe, settings):
-    # More microbatches than one a worker, ragged lengths, a last microbatch that is smaller than the others.
-    one, (alone,) = recorded(tmp_path, tiny_recipe, 1, *settings)
-    two, workers = recorded(tmp_path, tiny_recipe, 2, *settings)
-    assert len(alone) == 3
-    for step in range(3):
-        for name, expected in alone[step].items():
-            mine, other = workers[0][step][name], workers[1][step][name]
-            assert torch.equal(mine, other), f"workers disagree on {name} at step {step}"
-            if expected.is_floating_point():
-                torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_recipe):
+    """What a single process does: the directories of a full and of a LoRA run."""
+    root = tmp_path_factory.mktemp("alone")
+    return {
+        settings: recorded(root / name, tiny_recipe, 1, *settings) for name, settings in [("full", ()), ("lora", LORA)]
+    }
+
+
+@pytest.mark.parametrize("settings", [(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("config", "processes"), [("cpu", 2), ("cpu", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
+)  # fmt: skip
+def test_however_the_work_is_shared_the_run_is_the_same(tmp_path, tiny_recipe, alone, config, processes, settings):
+    # Several microbatches a worker, ragged lengths, a last microbatch that is smaller than the others.
+    expected = alone[settings]
+    shared = recorded(tmp_path / "shared", tiny_recipe, processes, *settings, config=config)
+    (one,) = [torch.load(expected / "rank0.pt")]
+    workers = [torch.load(shared / f"rank{rank}.pt") for rank in range(processes)]
+    assert len(one) == STEPS
+    for step in range(STEPS):
+        for name, value in one[step].items():
+            mine = workers[0][step][name]
+            for other in workers[1:]:
+                assert torch.equal(mine, other[step][name]), f"workers disagree on {name} at step {step}"
+            if value.is_floating_point():
+                torch.testing.assert_close(mine, value, atol=1e-4, rtol=1e-4)
             else:
-                assert torch.equal(mine, expected), f"{name} at step {step}"
-    for a, b in zip(metrics(one), metrics(two), strict=True):
+                assert torch.equal(mine, value), f"{name} at step {step}"
+    for a, b in zip(metrics(expected / "run"), metrics(shared / "run"), strict=True):
         compared = [name for name in a if not name.startswith(("time/", "throughput/", "memory/"))]
         assert len(compared) > 25
         for name in compared:
             assert b[name] == pytest.approx(a[name], abs=1e-4, rel=1e-4), name
-    if not settings:
-        weights = [AutoModelForCausalLM.from_pretrained(run).state_dict() for run in (one, two)]
-        for name in weights[0]:
-            torch.testing.assert_close(weights[1][name], weights[0][name], atol=1e-4, rtol=1e-3)
+    model = reloaded(shared / "run", tiny_recipe if settings else None)
+    with torch.no_grad():
+        logits = model(input_ids=PROBE).logits
+    torch.testing.assert_close(logits, torch.load(shared / "logits.pt"), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits, torch.load(expected / "logits.pt"), atol=1e-3, rtol=1e-3)
+
+
+def reloaded(run: Path, base_recipe: str | None) -> torch.nn.Module:
+    """The saved model as plain transformers, or PEFT on the recipe's base model, load it."""
+    if base_recipe is None:
+        return AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32).eval()
+    weights = load_file(run / "adapter_model.safetensors")
+    assert weights and all(tensor.numel() > 0 for tensor in weights.values())
+    assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
+    base = yaml.safe_load(Path(base_recipe).read_text())["model_path"]
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), run).eval()
 
 
 def test_a_fault_on_one_worker_ends_both_with_its_message_and_a_saved_model(tmp_path, tiny_recipe):
