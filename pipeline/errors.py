@@ -1,10 +1,13 @@
 """Errors that are the user's to mend, and how a program ends on them."""
 
 import os
+import platform
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+CRASHED = 1
 BAD_SETTINGS = 2
 REWARD_FAILED = 3
 STOPPED_BY_SIGNAL = 128  # plus the signal's number, as shells do: 130 SIGINT, 138 SIGUSR1, 143 SIGTERM
@@ -39,6 +42,24 @@ def leave(code: int, error: UserError | None = None) -> None:
     except FileExistsError:
         pass
     sys.exit(0)
+
+
+@contextmanager
+def worker_faults() -> Iterator[None]:
+    """Let a worker that fails say which it is, in one piece, and end at once: the others wait for it in a collective.
+
+    A process alone fails as any program does.
+    """
+    try:
+        yield
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        who = f"worker {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} on {platform.node()}"
+        sys.stdout.flush()
+        sys.stderr.write(f"{who} failed:\n{traceback.format_exc()}")
+        sys.stderr.flush()
+        os._exit(CRASHED)
 
 
 @contextmanager

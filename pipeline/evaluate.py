@@ -17,7 +17,8 @@ from pipeline.config import Config, ConfigError
 from pipeline.errors import user_errors
 from pipeline.evaluation import evaluate
 from pipeline.models.building import load_tuned
-from pipeline.reporting import CONFIG_FILE, show_evaluation
+from pipeline.reporting import show_evaluation
+from pipeline.run_directory import CONFIG_FILE
 from pipeline.runtime.console import Console
 from pipeline.runtime.distributed import all_or_none, make_accelerator
 
@@ -57,7 +58,11 @@ def prepare(run: Path, config: Config, accelerator: Accelerator) -> tuple[Data, 
     data = open_data(config)
     reward = open_reward(config, data, accelerator.device)
     policy, reference = load_tuned(
-        config.model.model_path, run, use_peft=config.model.use_peft, device=accelerator.device
+        config.model.model_path,
+        run,
+        use_peft=config.model.use_peft,
+        adapter_path=config.model.adapter_path,
+        device=accelerator.device,
     )
     return data, Parts(policy, reference, reward)
 

@@ -25,9 +25,10 @@ from pipeline.rollout.rollout import (
     response_texts,
     sample_responses,
 )
+from pipeline.rollout.sampling import sampling_noise
 from pipeline.runtime.distributed import all_or_none, gather_fields, share
 from pipeline.runtime.engine import autocast
-from pipeline.trainer import sampling_noise, sampling_options
+from pipeline.trainer import sampling_options
 
 EVALUATION_SEED = 20260  # fixed, so that runs of any seed are compared on the same prompts and noise
 BOOTSTRAP_SAMPLES = 10_000

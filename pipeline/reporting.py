@@ -1,55 +1,16 @@
 """What rank zero tells of a run: the output directory, the console, metrics.jsonl, wandb."""
 
-import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config
 from pipeline.evaluation import Evaluation, figures_table, samples_table, write_evaluation
+from pipeline.run_directory import CONFIG_FILE, METRICS_FILE
 from pipeline.runtime.console import Console
 from pipeline.runtime.tracking import MetricsFile, WandbTracker
-
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-
-
-def check_output_dir(directory: Path) -> None:
-    """Raise `ConfigError` where `directory`, or the place an earlier run in it moves to, holds something else."""
-    if not directory.name:
-        raise ConfigError(f"output_dir={str(directory)!r} must name a directory of its own, such as runs/mine.")
-    for place in (directory, _previous(directory)):
-        taken = place.exists() and (not place.is_dir() or any(place.iterdir()))
-        if taken and not (place / CONFIG_FILE).is_file():
-            raise ConfigError(
-                f"output_dir={str(directory)!r}: {place} exists and is not a run of this program; choose another "
-                f"output_dir or empty it."
-            )
-
-
-def claim_output_dir(directory: Path) -> None:
-    """Make `directory` ready for a new run; a run already there moves to `<directory>.previous`.
-
-    Raises:
-        ConfigError: see `check_output_dir`.
-    """
-    check_output_dir(directory)
-    try:
-        if directory.exists() and any(directory.iterdir()):
-            if _previous(directory).exists():
-                shutil.rmtree(_previous(directory))
-            directory.rename(_previous(directory))
-            print(
-                f"The run that was in {directory} is now in {_previous(directory)}, in place of any there.", flush=True
-            )
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir={str(directory)!r} cannot be made: {error}") from error
-
-
-def _previous(directory: Path) -> Path:
-    return directory.with_name(directory.name + ".previous")
 
 
 def show_evaluation(console: Console, evaluation: Evaluation, directory: Path) -> None:
@@ -63,11 +24,17 @@ def show_evaluation(console: Console, evaluation: Evaluation, directory: Path) -
 class Reporter:
     """Reports a run; with `enabled=False` (every rank but zero) it does nothing."""
 
-    def __init__(self, config: Config, *, enabled: bool):
+    def __init__(self, config: Config, *, enabled: bool, resumed: Mapping[str, object] | None = None):
+        """
+        Args:
+            resumed: what `state` gave when the checkpoint was written, for a run that goes on.
+        """
+        self._resumed = resumed or {}
         self.config = config
         self.enabled = enabled
         self.directory = config.output_dir
         self.console = Console(config.ppo.steps, enabled=enabled)
+        self._first_step: int | None = None
         self._started = time.monotonic()
         self._metrics: MetricsFile | None = None
         self._wandb: WandbTracker | None = None
@@ -76,13 +43,14 @@ class Reporter:
         if self.enabled:
             config = self.config
             config.save(self.directory / CONFIG_FILE)
-            self._metrics = MetricsFile(self.directory / METRICS_FILE)
+            self._metrics = MetricsFile(self.directory / METRICS_FILE, append=bool(self._resumed))
             if config.run.report_to == "wandb":
                 self._wandb = WandbTracker(
                     project=config.run.wandb_project,
                     name=self.directory.name,
                     config=config.as_dict(),
                     directory=self.directory,
+                    state=self._resumed.get("wandb"),
                 )
             self._started = time.monotonic()
         self.console.__enter__()
@@ -95,13 +63,18 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.finish()
 
+    def state(self) -> dict[str, object]:
+        """What a resumed run's reporter needs to go on."""
+        return {"resumable": True, "wandb": None if self._wandb is None else self._wandb.state()}
+
     def step(self, step: int, metrics: dict[str, float], scores: Tensor, samples: list[tuple[str, str, float]]) -> None:
         """Write and show one step's figures; samples every `samples_every_steps`."""
         if not self.enabled:
             return
         self._metrics.write(metrics)
         steps = self.config.ppo.steps
-        left = (time.monotonic() - self._started) / (step + 1) * (steps - step - 1)
+        self._first_step = step if self._first_step is None else self._first_step
+        left = (time.monotonic() - self._started) / (step + 1 - self._first_step) * (steps - step - 1)
         shown = {
             "reward": f"{metrics['reward/mean']:+.3f}",
             "KL": f"{metrics['kl/sequence_k1']:.2f}",

@@ -4,9 +4,12 @@
     ./launch.sh recipes/gpt2_imdb.yaml --learning_rate 1e-5       # any recipe, any setting over it
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m pipeline.train --config recipes/gpt2_imdb.yaml
 
-Writes into output_dir: config.yaml, metrics.jsonl, the tuned model with tokenizer and value head, evaluation.json and
-evaluation.md. Exit codes: 0 finished; 2 a setting, file or reward is at fault and nothing was trained; 3 the reward
-failed in mid-run, what was learned is saved; 130, 138, 143 stopped by SIGINT (Ctrl-C), SIGUSR1 or SIGTERM, saved too.
+Writes into output_dir: config.yaml, metrics.jsonl, checkpoints, the tuned model with tokenizer and value head,
+evaluation.json and evaluation.md. A run that was cut off goes on from its newest checkpoint (--resume).
+
+Exit codes: 0 finished; 1 a worker failed, with its traceback; 2 a setting, file or reward is at fault and nothing was
+trained; 3 the reward failed in mid-run; 130, 138, 143 stopped by SIGINT (Ctrl-C), SIGUSR1 or SIGTERM. In 3 and those a
+checkpoint and the model are saved.
 """
 
 import signal
@@ -15,18 +18,31 @@ from accelerate import Accelerator
 
 from pipeline.assembly import Data, Parts, build_parts, open_data, parse_config, sampling_warning
 from pipeline.config import Config, require_divides_by_workers
-from pipeline.errors import REWARD_FAILED, STOPPED_BY_SIGNAL, UserError, leave, user_errors
+from pipeline.errors import REWARD_FAILED, STOPPED_BY_SIGNAL, UserError, leave, user_errors, worker_faults
 from pipeline.evaluation import evaluate
 from pipeline.models.saving import save_policy
-from pipeline.reporting import Reporter, check_output_dir, claim_output_dir
-from pipeline.runtime.distributed import all_or_none, make_accelerator
-from pipeline.runtime.engine import gathered, precision, strategy
+from pipeline.reporting import Reporter
+from pipeline.run_directory import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    FINISHED,
+    METRICS_FILE,
+    Start,
+    check_disk,
+    check_shared,
+    claim_output_dir,
+    lock_output_dir,
+    plan_start,
+)
+from pipeline.runtime.checkpoints import Checkpoints, check_topology
+from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
+from pipeline.runtime.engine import check_can_shard_reference, gathered, precision, strategy
 from pipeline.runtime.signals import StopRequest
 from pipeline.trainer import PPOTrainer
 
 
 def main() -> None:
-    with StopRequest() as stop:
+    with worker_faults(), StopRequest() as stop:
         code, failure = start_and_run(stop)
     if code:
         leave(code, failure)
@@ -38,16 +54,30 @@ def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
         config = parse_config(__doc__)
         accelerator = make_accelerator(config.run.mixed_precision)
         config.run.mixed_precision = precision(accelerator)
-        data, parts = all_or_none(accelerator, lambda: prepare(config, accelerator))
-        all_or_none(accelerator, lambda: claim_output_dir(config.output_dir) if accelerator.is_main_process else None)
-    trainer = PPOTrainer(
-        accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.training, config, stop
-    )
-    with Reporter(config, enabled=accelerator.is_main_process) as reporter:
+        _lock = all_or_none(
+            accelerator, lambda: lock_output_dir(config.output_dir) if accelerator.is_main_process else None
+        )
+        start = on_main(accelerator, lambda: plan_start(config, print))
+        data, parts = all_or_none(accelerator, lambda: prepare(config, accelerator, start))
+        on_main(accelerator, lambda: claim_output_dir(config.output_dir, start))
+        all_or_none(accelerator, lambda: check_shared(config.output_dir))
+        if config.model.shard_reference:
+            parts.reference.shard(accelerator)
+        trainer = PPOTrainer(
+            accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.training, config, stop
+        )
+        checkpoints = Checkpoints(accelerator, config.output_dir / CHECKPOINTS, keep_last=config.run.keep_last)
+        saved = None if start.checkpoint is None else checkpoints.load(start.checkpoint)
+    if saved is not None:
+        trainer.restore(saved["trainer"])
+    resumed = None if saved is None else saved["reporter"]
+    with Reporter(config, enabled=accelerator.is_main_process, resumed=resumed) as reporter:
         reporter.console.say(describe(config, data, parts, accelerator))
+        if saved is not None:
+            reporter.console.say(f"Going on from {start.checkpoint}, after step {trainer.finished}.")
         if warning := sampling_warning(config):
             reporter.console.say(f"warning: {warning}")
-        failure = run(trainer, reporter, config, data, parts)
+        failure = run(trainer, checkpoints, reporter, config, data, parts)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if failure is not None:
@@ -55,22 +85,49 @@ def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
     return STOPPED_BY_SIGNAL + trainer.stopped_by if trainer.stopped_by else 0, None
 
 
-def prepare(config: Config, accelerator: Accelerator) -> tuple[Data, Parts]:
+def prepare(config: Config, accelerator: Accelerator, start: Start) -> tuple[Data, Parts]:
     """Check everything, then load it; raises `UserError`."""
     require_divides_by_workers(config, accelerator.num_processes)
-    check_output_dir(config.output_dir)
+    if start.checkpoint is not None:
+        check_topology(start.checkpoint, strategy(accelerator), accelerator.num_processes)
+    if config.model.shard_reference:
+        check_can_shard_reference(accelerator)
     data = open_data(config)
-    return data, build_parts(config, data, accelerator.device)
+    parts = build_parts(config, data, accelerator.device)
+    trainable = sum(p.numel() for p in parts.policy.parameters() if p.requires_grad)
+    if config.run.save_every_steps:
+        check_disk(config.output_dir, trainable, config.run.keep_last)
+    return data, parts
 
 
-def run(trainer: PPOTrainer, reporter: Reporter, config: Config, data: Data, parts: Parts) -> UserError | None:
+def run(
+    trainer: PPOTrainer, checkpoints: Checkpoints, reporter: Reporter, config: Config, data: Data, parts: Parts
+) -> UserError | None:
     """Train, save, evaluate. What was learned is saved also where the reward fails; its error is returned then."""
     accelerator, say = trainer.accelerator, reporter.console.say
-    failure, finished = None, 0
+    kept = trainer.finished
+
+    def keep(*, now: bool = False) -> None:
+        nonlocal kept
+        every, done = config.run.save_every_steps, trainer.finished
+        due = bool(every) and (done % every == 0 or done == config.ppo.steps)
+        if done == kept or not (due or now):
+            return
+        kept = done
+        state = {"trainer": trainer.state(), "reporter": reporter.state()}
+        files = {name: config.output_dir / name for name in (CONFIG_FILE, METRICS_FILE)}
+        try:
+            checkpoints.save(done, state, files)
+        except UserError as error:  # a full disk must not end a run that could go on
+            say(f"warning: {error}")
+
+    failure = None
     try:
-        finished = trainer.train(reporter.step)
+        trainer.train(reporter.step, keep)
     except UserError as error:
         failure = error
+    if failure is not None or trainer.stop_requested():
+        keep(now=True)
     with gathered(trainer.engine):
         if accelerator.is_main_process:
             save_policy(
@@ -84,9 +141,10 @@ def run(trainer: PPOTrainer, reporter: Reporter, config: Config, data: Data, par
     if failure is not None:
         return failure
     if trainer.stopped_by:
-        say(f"Stopped by {signal.Signals(trainer.stopped_by).name} after {finished} of {config.ppo.steps} steps. "
-            f"`python -m pipeline.evaluate {config.output_dir}` compares it with the original.")  # fmt: skip
-    elif config.run.evaluation_prompts:
+        say(f"Stopped by {signal.Signals(trainer.stopped_by).name} after {trainer.finished} of {config.ppo.steps} "
+            f"steps. The same command goes on from there.")  # fmt: skip
+        return None
+    if config.run.evaluation_prompts:
         try:
             with gathered(trainer.engine):
                 evaluation = evaluate(
@@ -95,6 +153,8 @@ def run(trainer: PPOTrainer, reporter: Reporter, config: Config, data: Data, par
             reporter.evaluation(evaluation)
         except UserError as error:
             return error
+    if accelerator.is_main_process:
+        (config.output_dir / FINISHED).touch()
     return None
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
+from pipeline.metrics import step_metrics
 from pipeline.models.policy import Policy, Reference
-from pipeline.ppo.advantages import Advantages, compute_advantages, explained_variance
+from pipeline.ppo.advantages import Advantages, compute_advantages
 from pipeline.ppo.kl import adapted_kl_coef, kl_estimate
 from pipeline.rewards.protocol import Reward, checked_scores
 from pipeline.rewards.scaling import RunningMoments, shaped_scores
@@ -26,10 +27,9 @@ from pipeline.rollout.rollout import (
     response_texts,
     sample_responses,
 )
-from pipeline.rollout.sampling import SamplingOptions
+from pipeline.rollout.sampling import SamplingOptions, sampling_noise
 from pipeline.runtime.distributed import agreed_signal, all_or_none, gather_fields, peak_memory_gigabytes, share
-from pipeline.runtime.engine import autocast, gathered, prepare_engine
-from pipeline.runtime.randomness import generator
+from pipeline.runtime.engine import autocast, gathered, prepare_engine, settle_buckets
 from pipeline.runtime.signals import StopRequest
 from pipeline.update import UpdateStats, learning_rate_at, update_policy
 
@@ -88,18 +88,33 @@ class PPOTrainer:
         self.moments = RunningMoments() if config.reward.reward_scaling else None
         self.stop = stop
         self.stopped_by = 0  # number of the signal that ended the loop early
+        self.finished = 0  # steps done
         self._seconds: dict[str, float] = defaultdict(float)
+        self._settle()
 
-    def train(self, report: Report) -> int:
-        """Run the steps; return how many were finished (fewer than asked where a signal stopped the run).
+    def state(self) -> dict[str, object]:
+        """What a checkpoint holds of the loop beside weights and optimiser; randomness needs none of it."""
+        return {
+            "step": self.finished,
+            "kl_coef": self.kl_coef,
+            "moments": None if self.moments is None else vars(self.moments),
+        }
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on after the step at which `state` was taken."""
+        self.finished, self.kl_coef = state["step"], state["kl_coef"]
+        if self.moments is not None:
+            self.moments = RunningMoments(**state["moments"])
+
+    def train(self, report: Report, keep: Callable[[], None]) -> None:
+        """Run the steps that are left, until the last or a signal; `keep`, called after each, may write a checkpoint.
 
         Raises:
             RewardError: the reward broke its contract; the policy keeps what it learned until then.
         """
-        for step in range(self.config.ppo.steps):
-            self.stopped_by = agreed_signal(self.accelerator, self.stop.signal_number)
-            if self.stopped_by:
-                return step
+        for step in range(self.finished, self.config.ppo.steps):
+            if self.stop_requested():
+                return
             self._seconds.clear()
             with self._timed("step"):
                 prompts = self.draw_prompts(step)
@@ -117,7 +132,13 @@ class PPOTrainer:
             metrics = self.metrics(step, rollout, advantages, stats)
             self.adapt_kl_coef(metrics["kl/sequence_k1"])
             report(step, metrics, rollout.scores, self.sample_rows(rollout, prompts))
-        return self.config.ppo.steps
+            self.finished = step + 1
+            keep()
+
+    def stop_requested(self) -> bool:
+        """Whether a signal reached any worker: collective, the same answer on all."""
+        self.stopped_by = self.stopped_by or agreed_signal(self.accelerator, self.stop.signal_number)
+        return self.stopped_by != 0
 
     def draw_prompts(self, step: int) -> PromptBatch:
         """The global batch of prompts of `step`."""
@@ -233,45 +254,47 @@ class PPOTrainer:
         responses = response_texts(some, prompts.text[:count], self.tokenizer)
         return list(zip(prompts.text[:count], responses, some.scores.tolist(), strict=True))
 
+    def _settle(self) -> None:
+        """A backward that changes nothing, so that a resumed run exchanges gradients in the order of the first one."""
+        data, length = self.config.data, self.config.rollout.response_min_tokens
+        tokens = torch.zeros(1, data.prompt_max_tokens + length, dtype=torch.long, device=self.accelerator.device)
+        settle_buckets(
+            self.accelerator,
+            self.engine,
+            self.optimizer,
+            lambda: self.engine(tokens, torch.ones_like(tokens, dtype=torch.bool), length),
+        )
+
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            told = out_of_memory(error, phase, self.config)
+            if told is None:
+                raise
+            raise told from error
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self._seconds[phase] += time.perf_counter() - start
 
 
-def sampling_noise(seed: int, step: int, count: int, shortest: int, longest: int) -> tuple[Tensor, Tensor]:
-    """A global batch's noise: uniforms (count, longest) in [0, 1), length limits (count,) in [shortest, longest]."""
-    uniforms = generator(seed, "sampling", step).random((count, longest), dtype="float32")
-    lengths = generator(seed, "response lengths", step).integers(shortest, longest + 1, count)
-    return torch.from_numpy(uniforms), torch.from_numpy(lengths)
+# What each phase's memory grows with.
+MEMORY_SETTINGS = {
+    "sample": "rollout_microbatch_size",
+    "score": "reward_batch_size",
+    "forward": "rollout_microbatch_size",
+    "update": "microbatch_size",
+}
 
 
-def step_metrics(rollout: Rollout, advantages: Advantages, eos_token_id: int) -> dict[str, float]:
-    """Figures of a rollout batch: rewards, KL, entropy, lengths, the critic's fit."""
-    mask = rollout.response_mask
-    tokens, samples = mask.sum(), len(rollout)
-    lengths = mask.sum(1)
-    last = rollout.response_tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
-    k1 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
-    k3 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3")
-    figures = {
-        "reward/mean": rollout.scores.mean(),
-        "reward/std": rollout.scores.std(),
-        "reward/min": rollout.scores.min(),
-        "reward/max": rollout.scores.max(),
-        "reward/with_kl_penalty_mean": advantages.rewards.sum() / samples,
-        "kl/sequence_k1": k1.sum() / samples,
-        "kl/sequence_k3": k3.sum() / samples,
-        "kl/token_k1": k1.sum() / tokens,
-        "kl/token_k3": k3.sum() / tokens,
-        "ppo/entropy": rollout.entropy.sum() / tokens,
-        "ppo/value_explained_variance": explained_variance(rollout.values, advantages.returns, mask),
-        "response/length_mean": lengths.float().mean(),
-        "response/length_min": lengths.min(),
-        "response/length_max": lengths.max(),
-        "response/eos_fraction": (last == eos_token_id).float().mean(),
-    }
-    return dict(zip(figures, torch.stack([v.float() for v in figures.values()]).tolist(), strict=True))
+def out_of_memory(error: Exception, phase: str, config: Config) -> Exception | None:
+    """An error that names the setting to lower, where `error` says that memory ran out."""
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        return None
+    name = MEMORY_SETTINGS.get(phase)
+    if name is None:
+        return None
+    value = config.as_dict()[name]
+    return MemoryError(f"out of memory ({phase}): lower {name}={value}, which changes nothing else. {error}")

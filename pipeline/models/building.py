@@ -5,23 +5,35 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from pipeline.models.loading import LoraSettings, ModelError, add_lora, load_causal_lm, opening
+from pipeline.models.loading import (
+    REFERENCE_ADAPTER,
+    LoraSettings,
+    ModelError,
+    add_lora,
+    continue_lora,
+    load_causal_lm,
+    opening,
+)
 from pipeline.models.policy import Policy, Reference
 from pipeline.models.saving import VALUE_HEAD_FILE, load_value_head
 
 
 def build_policy_and_reference(
-    path: str, *, lora: LoraSettings | None, device: torch.device | str
+    path: str, *, lora: LoraSettings | None, adapter_path: str | None = None, device: torch.device | str
 ) -> tuple[Policy, Reference]:
     """Load the policy and the frozen model it starts from.
 
-    Full fine-tuning loads the weights twice; LoRA once, and the reference is the policy with the adapter off.
+    Full fine-tuning loads the weights twice; LoRA once, and the reference is the policy with the adapter off, or with
+    the adapter it starts from.
 
     Raises:
-        ModelError: see `load_causal_lm` and `add_lora`.
+        ModelError: see `load_causal_lm`, `add_lora` and `continue_lora`.
     """
     model = load_causal_lm(path)
-    if lora is not None:
+    if adapter_path is not None:
+        model = continue_lora(model, adapter_path)
+        reference = Reference(model)
+    elif lora is not None:
         model = add_lora(model, lora)
         reference = Reference(model)
     else:
@@ -29,7 +41,9 @@ def build_policy_and_reference(
     return Policy(model).eval().to(device), reference
 
 
-def load_tuned(path: str, directory: Path, *, use_peft: bool, device: torch.device | str) -> tuple[Policy, Reference]:
+def load_tuned(
+    path: str, directory: Path, *, use_peft: bool, adapter_path: str | None = None, device: torch.device | str
+) -> tuple[Policy, Reference]:
     """Load what `save_policy` wrote into `directory`, and the model at `path` it was trained from.
 
     Raises:
@@ -41,6 +55,9 @@ def load_tuned(path: str, directory: Path, *, use_peft: bool, device: torch.devi
     if use_peft:
         with opening(str(directory), "the adapter"):
             model = PeftModel.from_pretrained(original, directory).eval()
+        if adapter_path is not None:
+            with opening(adapter_path, "adapter_path"):
+                model.load_adapter(adapter_path, REFERENCE_ADAPTER)
         reference = Reference(model)
     else:
         model, reference = load_causal_lm(str(directory)), Reference(original.requires_grad_(False).to(device))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from pipeline.errors import UserError
+
+REFERENCE_ADAPTER = "reference"  # name of the frozen copy of the adapter a run starts from
 
 
 class ModelError(UserError, ValueError):
@@ -75,6 +77,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def load_config(path: str) -> PreTrainedConfig:
     """The model's configuration, without its weights; raises `ModelError`."""
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model_path={path!r} is a LoRA adapter; set adapter_path to it, use_peft to true, model_path to its base."
+        )
     with opening(path, "model_path"):
         return AutoConfig.from_pretrained(path)
 
@@ -97,6 +104,22 @@ def load_causal_lm(path: str) -> nn.Module:
     """
     with opening(path, "model_path"):
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def continue_lora(model: nn.Module, path: str) -> nn.Module:
+    """Wrap `model` with the adapter at `path` twice: "default" goes on training, "reference" stays as it is.
+
+    Raises:
+        ModelError: there is no adapter, or it does not fit the model.
+    """
+    with opening(path, "adapter_path"):
+        try:
+            wrapped = PeftModel.from_pretrained(model, path, is_trainable=True)
+            wrapped.load_adapter(path, REFERENCE_ADAPTER)
+        except RuntimeError as error:
+            raise ModelError(f"adapter_path={path!r} does not fit the model: {str(error).splitlines()[0]}") from error
+    wrapped.set_adapter("default")
+    return wrapped.eval()
 
 
 def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:

@@ -1,12 +1,15 @@
 """The policy with its value head, and the frozen reference it must stay close to."""
 
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipeline.models.forward import causal_lm, response_logits, token_entropy, token_logprobs
+from pipeline.models.loading import REFERENCE_ADAPTER
+from pipeline.runtime.engine import gathered, shard_frozen
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config  # DeepSpeed's automatic settings read it from the engine's module
+        self._no_split_modules = causal_lm(model)._no_split_modules  # FSDP shards block by block
         hidden_size = causal_lm(model).get_output_embeddings().in_features
         self.value_head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
@@ -50,7 +54,10 @@ class Policy(nn.Module):
 
 
 class Reference:
-    """The model before training, frozen: a copy of its own, or a LoRA policy with the adapter off."""
+    """The model before training, frozen: a copy of its own, or a LoRA policy with the adapter off.
+
+    Where training started from an adapter, that one stays in the reference: the policy's model holds it a second time.
+    """
 
     def __init__(self, model: nn.Module):
         """
@@ -59,10 +66,26 @@ class Reference:
         """
         self._model = model
         self.is_shared = hasattr(model, "disable_adapter")
+        self._engine: nn.Module | None = None
+
+    def shard(self, accelerator: Accelerator) -> None:
+        """Share the weights out over the workers; raises `EngineError` without ZeRO-3."""
+        self._engine = shard_frozen(accelerator, self._model)
 
     def activated(self) -> AbstractContextManager[nn.Module]:
-        """A context in which the model it gives is the reference."""
-        return self._adapter_off() if self.is_shared else self._as_it_is()
+        """A context in which the model it gives is the reference, whole, to sample from."""
+        if not self.is_shared:
+            return self._whole()
+        return self._first_adapter() if REFERENCE_ADAPTER in self._model.peft_config else self._adapter_off()
+
+    @contextmanager
+    def _first_adapter(self):
+        before = self._model.active_adapter
+        self._model.set_adapter(REFERENCE_ADAPTER)
+        try:
+            yield self._model
+        finally:
+            self._model.set_adapter(before)
 
     @contextmanager
     def _adapter_off(self):
@@ -70,12 +93,14 @@ class Reference:
             yield self._model
 
     @contextmanager
-    def _as_it_is(self):
-        yield self._model
+    def _whole(self):
+        with gathered(self._engine) if self._engine is not None else nullcontext():
+            yield self._model
 
     @torch.no_grad()
     def logprobs(self, tokens: Tensor, mask: Tensor, response_length: int, temperature: float = 1.0) -> Tensor:
         """Log-probs of the response tokens under the reference, (B, R); arguments as in `Policy.forward`."""
-        with self.activated() as model:
+        # A sharded reference gathers its layers one by one here: it need never stand whole beside a gathered policy.
+        with nullcontext(self._model) if self._engine is not None else self.activated() as model:
             logits, _ = response_logits(model, tokens, mask, response_length)
         return token_logprobs(logits, tokens[:, -response_length:], temperature)

@@ -30,7 +30,8 @@ def save_policy(
     )
     # Saving the model saves its own settings too, and refuses where a checkpoint came with contradictory ones.
     causal_lm(policy.model).generation_config = generation
-    policy.model.save_pretrained(directory)
+    only_trained = {"selected_adapters": ["default"]} if hasattr(policy.model, "peft_config") else {}
+    policy.model.save_pretrained(directory, **only_trained)
     generation.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     head = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.value_head.state_dict().items()}

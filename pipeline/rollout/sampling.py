@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.runtime.randomness import generator
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -55,3 +57,10 @@ def next_tokens(logits: Tensor, uniforms: Tensor, step: int, eos_token_id: int, 
     if options.greedy:
         return logits.argmax(-1)
     return inverse_cdf(restrict(logits, top_k=options.top_k, top_p=options.top_p).softmax(-1), uniforms)
+
+
+def sampling_noise(seed: int, step: int, count: int, shortest: int, longest: int) -> tuple[Tensor, Tensor]:
+    """A global batch's noise: uniforms (count, longest) in [0, 1), length limits (count,) in [shortest, longest]."""
+    uniforms = generator(seed, "sampling", step).random((count, longest), dtype="float32")
+    lengths = generator(seed, "response lengths", step).integers(shortest, longest + 1, count)
+    return torch.from_numpy(uniforms), torch.from_numpy(lengths)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
 
 from pipeline.errors import OtherWorkerError, UserError
@@ -102,6 +102,12 @@ def all_or_none(accelerator: Accelerator, action: Callable[[], T]) -> T:
     if any_worker(accelerator, error is not None):
         raise error or OtherWorkerError("another worker failed; its message says how.")
     return result
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Run `action` on rank zero and give its result to every worker; its `UserError` is raised on all."""
+    result = all_or_none(accelerator, lambda: action() if accelerator.is_main_process else None)
+    return broadcast_object_list([result])[0] if accelerator.num_processes > 1 else result
 
 
 def reduce_stats(accelerator: Accelerator, sums: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ would round the policy's weights and make the first ratio differ from 1.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -95,6 +95,21 @@ def prepare_engine(
     return accelerator.prepare(policy, optimizer)
 
 
+def settle_buckets(
+    accelerator: Accelerator, engine: nn.Module, optimizer: torch.optim.Optimizer, forward: Callable[[], object]
+) -> None:
+    """Let data parallelism arrange its buckets before the first real gradient, by one backward of zeros.
+
+    It rearranges them once, after the first backward, and the sum over more than two workers rounds by the place in a
+    bucket. A resumed run would round its first gradient otherwise than the run it goes on from.
+    """
+    if isinstance(engine, nn.parallel.DistributedDataParallel):
+        with autocast(accelerator):
+            outputs = forward()
+        accelerator.backward(0.0 * (outputs.logprobs.sum() + outputs.values.sum()))
+        optimizer.zero_grad(set_to_none=True)
+
+
 def accumulating(accelerator: Accelerator, engine: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
     """Context of a microbatch's forward and backward: workers exchange gradients with the last one only."""
     if last or is_deepspeed(accelerator):
@@ -122,6 +137,28 @@ def optimizer_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def check_can_shard_reference(accelerator: Accelerator) -> None:
+    """Raise `EngineError` where `shard_reference` was asked for without ZeRO-3."""
+    if zero_stage(accelerator) != 3:
+        raise EngineError(
+            f"shard_reference=True needs ZeRO-3, and this run is {strategy(accelerator)}: ./launch.sh --config zero3 …"
+        )
+
+
+def shard_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Share a frozen model's weights out over the workers, in place; returns the engine for `gathered`.
+
+    Raises:
+        EngineError: see `check_can_shard_reference`.
+    """
+    check_can_shard_reference(accelerator)
+    import deepspeed
+
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    return engine.eval()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import uuid
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -12,8 +14,8 @@ from torch import Tensor
 class MetricsFile:
     """One JSON object a step, flushed at once so that a killed run keeps its history."""
 
-    def __init__(self, path: Path):
-        self._file = path.open("w", encoding="utf-8")
+    def __init__(self, path: Path, *, append: bool = False):
+        self._file = path.open("a" if append else "w", encoding="utf-8")
 
     def write(self, metrics: dict[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -31,9 +33,22 @@ class WandbTracker:
     Without a login it works offline instead of asking; a failure of wandb is reported once and never stops the run.
     """
 
-    def __init__(self, *, project: str, name: str, config: dict[str, object], directory: Path):
+    def __init__(
+        self,
+        *,
+        project: str,
+        name: str,
+        config: dict[str, object],
+        directory: Path,
+        state: Mapping[str, object] | None = None,
+    ):
+        """
+        Args:
+            state: what `state` gave in an earlier part of the same run, which then goes on under its id.
+        """
         self._run = None
-        self._samples: list[list[object]] = []
+        self._id = None if state is None else state["id"]
+        self._samples: list[list[object]] = [] if state is None else list(state["samples"])
         try:
             import wandb
 
@@ -44,11 +59,23 @@ class WandbTracker:
                 mode = "offline"
                 print(f"wandb: not logged in, so the run is kept offline under {directory / 'wandb'}; "
                       f"`wandb login` and `wandb sync` upload it.", flush=True)  # fmt: skip
+            self._id = self._id or uuid.uuid4().hex[:8]
             self._run = wandb.init(
-                project=project, name=name, config=config, dir=str(directory), mode=mode, settings=settings
+                project=project,
+                name=name,
+                id=self._id,
+                resume="allow",
+                config=config,
+                dir=str(directory),
+                mode=mode,
+                settings=settings,
             )
         except Exception as error:  # a tracker must not cost anyone a run
             warnings.warn(f"wandb could not start ({error}); the run goes on without it.", stacklevel=2)
+
+    def state(self) -> dict[str, object]:
+        """The run's id and the rows of its table."""
+        return {"id": self._id, "samples": self._samples}
 
     def log(self, step: int, metrics: dict[str, float], scores: Tensor) -> None:
         """Log a step's scalars and the histogram of its scores (N,)."""

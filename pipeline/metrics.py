@@ -1,0 +1,35 @@
+"""The figures of one PPO step."""
+
+import torch
+
+from pipeline.ppo.advantages import Advantages, explained_variance
+from pipeline.ppo.kl import kl_estimate
+from pipeline.rollout.rollout import Rollout
+
+
+def step_metrics(rollout: Rollout, advantages: Advantages, eos_token_id: int) -> dict[str, float]:
+    """Figures of a rollout batch: rewards, KL, entropy, lengths, the critic's fit."""
+    mask = rollout.response_mask
+    tokens, samples = mask.sum(), len(rollout)
+    lengths = mask.sum(1)
+    last = rollout.response_tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
+    k1 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
+    k3 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3")
+    figures = {
+        "reward/mean": rollout.scores.mean(),
+        "reward/std": rollout.scores.std(),
+        "reward/min": rollout.scores.min(),
+        "reward/max": rollout.scores.max(),
+        "reward/with_kl_penalty_mean": advantages.rewards.sum() / samples,
+        "kl/sequence_k1": k1.sum() / samples,
+        "kl/sequence_k3": k3.sum() / samples,
+        "kl/token_k1": k1.sum() / tokens,
+        "kl/token_k3": k3.sum() / tokens,
+        "ppo/entropy": rollout.entropy.sum() / tokens,
+        "ppo/value_explained_variance": explained_variance(rollout.values, advantages.returns, mask),
+        "response/length_mean": lengths.float().mean(),
+        "response/length_min": lengths.min(),
+        "response/length_max": lengths.max(),
+        "response/eos_fraction": (last == eos_token_id).float().mean(),
+    }
+    return dict(zip(figures, torch.stack([v.float() for v in figures.values()]).tolist(), strict=True))

@@ -1,0 +1,180 @@
+"""A run that is cut off, however, goes on as if nothing had been."""
+
+import json
+import re
+import signal
+import sys
+
+import pytest
+import torch
+from launching import metrics
+from safetensors.torch import load_file
+
+from benchmarks.kill_and_resume import differences, kill_and_resume
+from pipeline import train
+from pipeline.errors import STATUS_FILE_VARIABLE
+from pipeline.trainer import PPOTrainer
+
+LORA = ("--use_peft", "--lora_r", "4")
+QUICK = ("--steps", "5", "--save_every_steps", "1", "--evaluation_prompts", "0")
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "kills"),
+    [("cpu", (), 4), ("cpu", LORA, 1), ("zero2", (), 1), ("zero3", LORA, 1)],
+    ids=["ddp", "ddp-lora", "zero2", "zero3-lora"],
+)
+def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, tiny_recipe, config, settings, kills):
+    if "--use_peft" in settings:  # the adapter in place of the model
+        settings = (*settings, "--reward_scaling", "true", "--kl_adaptive", "true")
+    kill_and_resume(tiny_recipe, tmp_path, *QUICK, *settings, kills=kills, config=config, seed=kills)
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path, tiny_recipe, capfd):
+    """Run the train command in this process: (exit code, what it printed)."""
+    monkeypatch.delenv(STATUS_FILE_VARIABLE, raising=False)
+
+    def start(name: str, *settings: str, stop_before: int | None = None, by: int = signal.SIGTERM) -> tuple[int, str]:
+        arguments = ["--config", tiny_recipe, "--output_dir", str(tmp_path / name), "--evaluation_prompts", "0"]
+        monkeypatch.setattr(sys, "argv", ["train", *arguments, *settings])
+        draw = PPOTrainer.draw_prompts
+
+        def interrupted(self, step):
+            if step + 1 == stop_before:  # in the step before, so that the loop sees it next
+                signal.raise_signal(by)
+            return draw(self, step)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PPOTrainer, "draw_prompts", interrupted)
+            try:
+                train.main()
+                code = 0
+            except SystemExit as stopped:
+                code = stopped.code
+        output = capfd.readouterr()
+        return code, output.out + output.err
+
+    return start
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_leaves_a_checkpoint_and_its_exit_code(start, tmp_path, by):
+    start("whole")
+    code, said = start("run", "--save_every_steps", "0", stop_before=2, by=by)
+    assert code == 128 + by and f"Stopped by {by.name} after 2 of 3 steps" in said
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    code, said = start("run", "--save_every_steps", "0")
+    assert code == 0 and re.search("Going on from .*step_000002, after step 2", said)
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+def test_running_statistics_and_the_adapted_kl_price_come_back(start, tmp_path):
+    settings = ("--reward_scaling", "true", "--kl_adaptive", "true", "--kl_target", "0.01", "--kl_horizon", "20")
+    start("whole", *settings)
+    start("run", *settings, stop_before=2)
+    start("run", *settings)
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+    prices = [line["kl/coef"] for line in metrics(tmp_path / "run")]
+    assert len(set(prices)) == 3
+
+
+def test_a_finished_run_is_moved_aside_and_an_unfinished_one_goes_on(start, tmp_path):
+    start("run")
+    code, said = start("run")
+    assert code == 0 and "is now in" in said and "Going on" not in said
+    assert len(metrics(tmp_path / "run.previous")) == len(metrics(tmp_path / "run")) == 3
+
+
+def test_never_starts_over(start, tmp_path):
+    start("run", stop_before=2)
+    code, said = start("run", "--resume", "never")
+    assert code == 0 and "Going on" not in said
+    assert len(metrics(tmp_path / "run.previous")) == 2 and len(metrics(tmp_path / "run")) == 3
+
+
+def test_a_checkpoint_of_another_run_can_be_named(start, tmp_path):
+    start("whole")
+    start("first", stop_before=2)
+    for path in (tmp_path / "first", tmp_path / "first" / "checkpoints" / "step_000002"):
+        code, said = start("second", "--resume", str(path))
+        assert code == 0 and "Going on" in said
+        assert differences(tmp_path / "whole", tmp_path / "second") == []
+    assert len(metrics(tmp_path / "first")) == 2
+
+
+def test_other_settings_are_refused_by_name_and_nothing_is_touched(start, tmp_path):
+    start("run", stop_before=2)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    code, said = start("run", "--learning_rate", "0.5", "--seed", "3", "--microbatch_size", "2")
+    assert code == 2
+    assert "learning_rate was 0.001 and is 0.5; seed was 0 and is 3. Restore them" in said
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_under_a_constant_learning_rate_can_be_made_longer(start, tmp_path):
+    constant = ("--learning_rate_schedule", "constant")
+    start("whole", *constant)
+    start("run", *constant, "--steps", "2", stop_before=2)
+    code, _ = start("run", *constant)
+    assert code == 0 and differences(tmp_path / "whole", tmp_path / "run") == []
+    start("linear", stop_before=2)
+    code, said = start("linear", "--steps", "4")
+    assert code == 2 and "steps was 3 and is 4" in said
+
+
+@pytest.mark.parametrize("path", ["none", "run/checkpoints/step_000099"])
+def test_a_checkpoint_that_is_not_there_is_an_error(start, tmp_path, path):
+    code, said = start("run", "--resume", str(tmp_path / path))
+    assert code == 2 and "there is no such checkpoint" in said
+
+
+def test_a_damaged_checkpoint_is_passed_over_or_refused_by_name(start, tmp_path):
+    start("whole", "--save_every_steps", "1")
+    start("run", "--save_every_steps", "1", stop_before=2)
+    newest = tmp_path / "run" / "checkpoints" / "step_000002"
+    (newest / "optimizer.bin").write_bytes(b"")
+    code, said = start("run", "--save_every_steps", "1", "--resume", str(newest))
+    assert code == 2 and "is not a whole checkpoint: optimizer.bin has 0 bytes" in said
+    code, said = start("run", "--save_every_steps", "1")
+    assert code == 0 and "step_000002 is damaged and passed over" in said and "after step 1" in said
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+def test_a_full_disk_warns_and_the_run_goes_on(start, tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.runtime.checkpoints._seal", full)
+    code, said = start("run", "--save_every_steps", "1")
+    assert code == 0 and "warning: no checkpoint could be written" in said and "No space left on device" in said
+    assert len(metrics(tmp_path / "run")) == 3
+
+
+def test_two_runs_cannot_write_into_one_directory(start, tmp_path):
+    from pipeline.run_directory import lock_output_dir
+
+    with lock_output_dir(tmp_path / "run"):
+        code, said = start("run")
+    assert code == 2 and "another run is writing" in said
+    assert start("run")[0] == 0
+
+
+def test_a_wandb_run_goes_on_under_its_id(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    start("run", "--report_to", "wandb", stop_before=2)
+    start("run", "--report_to", "wandb")
+    (state,) = (tmp_path / "run" / "checkpoints").glob("*/trainer_state.json")
+    kept = json.loads(state.read_text())["reporter"]["wandb"]
+    runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and all(run.name.endswith(kept["id"]) for run in runs)
+    assert sorted({row[0] for row in kept["samples"]}) == [1, 2, 3]
+
+
+def test_the_last_checkpoint_holds_what_was_saved(start, tmp_path):
+    start("run", "--save_every_steps", "2", "--keep_last", "1")
+    (last,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert last.name == "step_000003"
+    weights, model = load_file(last / "trainable.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    for name, value in model.items():
+        torch.testing.assert_close(weights[f"model.{name}"], value, atol=0, rtol=0)
