@@ -1,5 +1,6 @@
 """One worker or several, however weights are shared: the same responses, the same losses, a model that reloads."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,41 @@ def test_however_the_work_is_shared_the_run_is_the_same(tmp_path, tiny_recipe, a
         logits = model(input_ids=PROBE).logits
     torch.testing.assert_close(logits, torch.load(shared / "logits.pt"), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(logits, torch.load(expected / "logits.pt"), atol=1e-3, rtol=1e-3)
+
+
+def test_a_sharded_reference_says_what_a_replicated_one_does(tmp_path, tiny_recipe, alone):
+    shared = recorded(tmp_path / "shared", tiny_recipe, 2, "--shard_reference", "true", config="zero3")
+    for step, (one, two) in enumerate(
+        zip(torch.load(alone[()] / "rank0.pt"), torch.load(shared / "rank1.pt"), strict=True)
+    ):
+        torch.testing.assert_close(two["ref_logprobs"], one["ref_logprobs"], atol=1e-4, rtol=1e-4, msg=str(step))
+    figures = [json.loads((run / "run" / "evaluation.json").read_text()) for run in (alone[()], shared)]
+    for side in ("before", "after"):
+        one, two = (figure[side]["logit"] for figure in figures)
+        assert two["mean"] == pytest.approx(one["mean"], abs=1e-3)
+    assert figures[1]["kl"] == pytest.approx(figures[0]["kl"], abs=1e-3)
+
+
+def test_a_worker_that_fails_ends_the_run_with_its_name_and_traceback(tmp_path, tiny_recipe):
+    (tmp_path / "crashing_run.py").write_text(
+        "import os\nfrom pipeline import train\nfrom pipeline.trainer import PPOTrainer\n"
+        "def advantages(self, rollout):\n"
+        "    if os.environ['RANK'] == '1':\n        raise ZeroDivisionError('a fault in the program')\n"
+        "    return original(self, rollout)\n"
+        "original, PPOTrainer.advantages = PPOTrainer.advantages, advantages\ntrain.main()\n"
+    )
+    done = launch(
+        2, [str(tmp_path / "crashing_run.py"), "--config", tiny_recipe, "--output_dir", str(tmp_path / "run")]
+    )
+    assert done.returncode == 1
+    told = done.stderr[done.stderr.index("worker 1 of 2 on ") :]
+    assert "Traceback" in told and "ZeroDivisionError: a fault in the program" in told
+
+
+def test_shard_reference_without_zero3_is_refused(tmp_path, tiny_recipe):
+    script = ["-m", "pipeline.train", "--config", tiny_recipe, "--output_dir", str(tmp_path / "run")]
+    done = launch(1, [*script, "--shard_reference", "true"])
+    assert done.returncode != 0 and "shard_reference=True needs ZeRO-3, and this run is single" in done.stderr
 
 
 def reloaded(run: Path, base_recipe: str | None) -> torch.nn.Module:

@@ -10,6 +10,7 @@ from pipeline.models.loading import (
     ModelError,
     add_lora,
     check_context,
+    continue_lora,
     load_causal_lm,
     load_config,
     load_tokenizer,
@@ -123,3 +124,18 @@ def test_lora_goes_where_it_is_told(tokenizer):
     model = add_lora(random_causal_lm("llama", tokenizer), LoraSettings(4, 8, ["k_proj"], seed=0))
     adapted = {name.split(".lora_")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
     assert adapted == {"k_proj"}
+
+
+def test_an_adapter_in_the_models_place_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="is a LoRA adapter; set adapter_path to it"):
+        load_config(str(tmp_path))
+
+
+def test_an_adapter_that_is_not_there_or_does_not_fit_is_named(tiny_lm, tmp_path, tokenizer):
+    with pytest.raises(ModelError, match=r"adapter_path='.*none' cannot be opened"):
+        continue_lora(load_causal_lm(tiny_lm), str(tmp_path / "none"))
+    other = add_lora(random_causal_lm("llama", tokenizer), LoraSettings(4, 8, None, seed=0))
+    other.save_pretrained(tmp_path / "llama")
+    with pytest.raises(ModelError, match=r"adapter_path=.*llama"):
+        continue_lora(load_causal_lm(tiny_lm), str(tmp_path / "llama"))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import SHAPES, random_causal_lm
+from peft import PeftModel
 
 from pipeline.models.building import build_policy_and_reference
-from pipeline.models.loading import LoraSettings, add_lora
+from pipeline.models.loading import LoraSettings, add_lora, load_causal_lm
 from pipeline.models.policy import Policy, Reference
 
 ARCHITECTURES = tuple(SHAPES)
@@ -181,3 +182,48 @@ def test_the_full_reference_is_frozen_and_stays_when_the_policy_moves(tiny_lm):
         assert not any(parameter.requires_grad for parameter in model.parameters())
         assert not model.training
     assert not policy.training and all(parameter.requires_grad for parameter in policy.parameters())
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_lm, tmp_path_factory):
+    """The folder of a trained adapter of `tiny_lm`."""
+    model = add_lora(load_causal_lm(tiny_lm), LoraSettings(4, 8, None, seed=0))
+    torch.manual_seed(3)
+    perturb_adapter(model)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_adapter_to_start_from_stays_in_the_reference(tiny_lm, adapter):
+    plain = PeftModel.from_pretrained(load_causal_lm(tiny_lm), adapter).eval()
+    expected = Reference(plain.get_base_model()).logprobs(*batch(), LENGTH)  # adapter on
+    policy, reference = build_policy_and_reference(
+        tiny_lm, lora=LoraSettings(16, 32, None, seed=0), adapter_path=adapter, device="cpu"
+    )
+    base, _ = build_policy_and_reference(tiny_lm, lora=None, device="cpu")
+    with torch.no_grad():
+        assert torch.equal(policy(*batch(), LENGTH).logprobs, expected)
+        assert torch.equal(reference.logprobs(*batch(), LENGTH), expected)
+        assert (base(*batch(), LENGTH).logprobs - expected).abs().max() > 0.01
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+                assert ".reference." not in name
+        assert (policy(*batch(), LENGTH).logprobs - expected).abs().max() > 0.01
+        assert torch.equal(reference.logprobs(*batch(), LENGTH), expected)
+
+
+def test_the_adapter_in_training_is_back_after_the_reference_was_asked(tiny_lm, adapter):
+    policy, reference = build_policy_and_reference(
+        tiny_lm, lora=LoraSettings(4, 8, None, seed=0), adapter_path=adapter, device="cpu"
+    )
+    trainable = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert trainable and all(".default." in name or name.startswith("value_head") for name in trainable)
+    with reference.activated():
+        reference.logprobs(*batch(), LENGTH)  # nested, as the evaluation does
+        assert policy.model.active_adapter == "reference"
+    with pytest.raises(KeyError), reference.activated():
+        raise KeyError
+    assert policy.model.active_adapter == "default"
+    assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable

@@ -92,3 +92,25 @@ def test_load_tuned_brings_back_policy_and_reference(saved, tiny_lm):
 def test_load_tuned_refuses_a_folder_without_a_finished_run(tiny_lm, tmp_path):
     with pytest.raises(ModelError, match=r"holds no trained model \(no value_head.safetensors\)"):
         load_tuned(tiny_lm, tmp_path, use_peft=False, device="cpu")
+
+
+def test_a_run_that_started_from_an_adapter_saves_the_trained_one_alone(tiny_lm, tmp_path, tokenizer):
+    first = trained(tiny_lm, LoraSettings(4, 8, None, seed=0))
+    save_policy(first, tokenizer, tmp_path / "first", max_new_tokens=11, temperature=1.0)
+    policy, _ = build_policy_and_reference(
+        tiny_lm, lora=LoraSettings(4, 8, None, seed=0), adapter_path=str(tmp_path / "first"), device="cpu"
+    )
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    save_policy(policy, tokenizer, tmp_path / "second", max_new_tokens=11, temperature=1.0)
+    assert not (tmp_path / "second" / "reference").exists()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_lm), tmp_path / "second").eval()
+    assert torch.equal(logits_of(loaded), logits_of(policy.model))
+    tuned, reference = load_tuned(
+        tiny_lm, tmp_path / "second", use_peft=True, adapter_path=str(tmp_path / "first"), device="cpu"
+    )
+    assert torch.equal(logits_of(tuned.model), logits_of(policy.model))
+    with reference.activated() as original:
+        assert torch.equal(logits_of(original), logits_of(first.model))
