@@ -162,8 +162,8 @@ def test_two_runs_cannot_write_into_one_directory(start, tmp_path):
 
 def test_a_wandb_run_goes_on_under_its_id(start, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    start("run", "--report_to", "wandb", stop_before=2)
-    start("run", "--report_to", "wandb")
+    start("run", "--report_to", "wandb", "--keep_last", "1", stop_before=2)
+    start("run", "--report_to", "wandb", "--keep_last", "1")
     (state,) = (tmp_path / "run" / "checkpoints").glob("*/trainer_state.json")
     kept = json.loads(state.read_text())["reporter"]["wandb"]
     runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))

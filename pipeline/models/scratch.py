@@ -47,7 +47,10 @@ def tokenizer_of_run(
         folder.mkdir(parents=True, exist_ok=True)
         if run.process_index == 0 and get_last_checkpoint(run.output_dir) is None:
             new_tokenizer(model_type, texts, vocab_size).save_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name in ("is_local", "local_files_only"):  # where it was read from is nothing to save with it
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
 
 
 def new_config(model_type: str, overrides: str | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

@@ -1,0 +1,50 @@
+"""Shards a policy over CPU processes with FSDP2, as Accelerate would on GPUs: accelerate launch … fsdp_run.py MODEL
+
+Accelerate has no FSDP on CPU, so this goes to torch's `fully_shard` itself and asks what the engine's calls do with it.
+"""
+
+import sys
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from pipeline.models.building import build_policy_and_reference
+from pipeline.runtime.distributed import make_accelerator
+from pipeline.runtime.engine import gathered
+
+TOKENS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12]])
+
+
+def outputs(policy):
+    return policy(TOKENS, torch.ones_like(TOKENS, dtype=torch.bool), 3)
+
+
+def main() -> None:
+    accelerator = make_accelerator("no")
+    whole, _ = build_policy_and_reference(sys.argv[1], lora=None, device="cpu")
+    policy, _ = build_policy_and_reference(sys.argv[1], lora=None, device="cpu")
+    mesh = init_device_mesh("cpu", (accelerator.num_processes,))
+    for block in policy.model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+    expected = outputs(whole)
+    (expected.logprobs.sum() + expected.values.sum()).backward()
+    for _ in range(2):  # rollout and update in turn, as training does
+        with torch.no_grad(), gathered(policy):
+            direct = policy.model(input_ids=TOKENS).logits  # sampling goes around the engine
+            torch.testing.assert_close(direct, whole.model(input_ids=TOKENS).logits)
+            torch.testing.assert_close(outputs(policy).logprobs, expected.logprobs)
+        assert all(
+            parameter.to_local().numel() < parameter.numel() for parameter in policy.model.transformer.h.parameters()
+        )
+        found = outputs(policy)
+        (found.logprobs.sum() + found.values.sum()).backward()
+        for (name, one), two in zip(whole.named_parameters(), policy.parameters(), strict=True):
+            torch.testing.assert_close(two.grad.full_tensor(), one.grad, msg=name)
+        policy.zero_grad()
+    print("as whole weights do")
+
+
+if __name__ == "__main__":
+    main()
