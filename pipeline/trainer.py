@@ -29,7 +29,7 @@ from pipeline.rollout.rollout import (
 )
 from pipeline.rollout.sampling import SamplingOptions, sampling_noise
 from pipeline.runtime.distributed import agreed_signal, all_or_none, gather_fields, peak_memory_gigabytes, share
-from pipeline.runtime.engine import autocast, gathered, prepare_engine, settle_buckets
+from pipeline.runtime.engine import autocast, gathered, prepare_engine, settle
 from pipeline.runtime.signals import StopRequest
 from pipeline.update import UpdateStats, learning_rate_at, update_policy
 
@@ -255,10 +255,9 @@ class PPOTrainer:
         return list(zip(prompts.text[:count], responses, some.scores.tolist(), strict=True))
 
     def _settle(self) -> None:
-        """A backward that changes nothing, so that a resumed run exchanges gradients in the order of the first one."""
         data, length = self.config.data, self.config.rollout.response_min_tokens
         tokens = torch.zeros(1, data.prompt_max_tokens + length, dtype=torch.long, device=self.accelerator.device)
-        settle_buckets(
+        settle(
             self.accelerator,
             self.engine,
             self.optimizer,

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from pipeline.models.building import build_policy_and_reference
 from pipeline.runtime.distributed import make_accelerator
-from pipeline.runtime.engine import gathered
+from pipeline.runtime.engine import gathered, settle
 
 TOKENS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12]])
 
@@ -30,6 +30,7 @@ def main() -> None:
     fully_shard(policy, mesh=mesh)
     expected = outputs(whole)
     (expected.logprobs.sum() + expected.values.sum()).backward()
+    settle(accelerator, policy, torch.optim.SGD(policy.parameters()), lambda: outputs(policy))
     for _ in range(2):  # rollout and update in turn, as training does
         with torch.no_grad(), gathered(policy):
             direct = policy.model(input_ids=TOKENS).logits  # sampling goes around the engine

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import unset_hf_deepspeed_config
 
 from pipeline.errors import UserError
@@ -95,15 +96,16 @@ def prepare_engine(
     return accelerator.prepare(policy, optimizer)
 
 
-def settle_buckets(
+def settle(
     accelerator: Accelerator, engine: nn.Module, optimizer: torch.optim.Optimizer, forward: Callable[[], object]
 ) -> None:
-    """Let data parallelism arrange its buckets before the first real gradient, by one backward of zeros.
+    """Let the engine find its final shape before it is used, by one backward of zeros.
 
-    It rearranges them once, after the first backward, and the sum over more than two workers rounds by the place in a
-    bucket. A resumed run would round its first gradient otherwise than the run it goes on from.
+    Data parallelism rearranges its buckets once, after the first backward, and the sum over more than two workers
+    rounds by the place in a bucket: a resumed run would round its first gradient otherwise than the run it goes on
+    from. FSDP2 takes the first module that runs for its root, and sampling goes around the engine.
     """
-    if isinstance(engine, nn.parallel.DistributedDataParallel):
+    if isinstance(engine, (nn.parallel.DistributedDataParallel, FSDPModule)):
         with autocast(accelerator):
             outputs = forward()
         accelerator.backward(0.0 * (outputs.logprobs.sum() + outputs.values.sum()))
@@ -177,8 +179,6 @@ def gathered(engine: nn.Module) -> Iterator[None]:
             remove_hooks(engine)
             stack.callback(add_hooks, engine)
         else:
-            from torch.distributed.fsdp import FSDPModule
-
             sharded = [module for module in engine.modules() if isinstance(module, FSDPModule)]
             for module in sharded:
                 module.set_reshard_after_forward(False, recurse=False)
