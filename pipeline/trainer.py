@@ -109,12 +109,12 @@ class PPOTrainer:
     def train(self, report: Report, keep: Callable[[], None]) -> None:
         """Run the steps that are left, until the last or a signal; `keep`, called after each, may write a checkpoint.
 
+        A step is taken even where the signal came before it.
+
         Raises:
             RewardError: the reward broke its contract; the policy keeps what it learned until then.
         """
         for step in range(self.finished, self.config.ppo.steps):
-            if self.stop_requested():
-                return
             self._seconds.clear()
             with self._timed("step"):
                 prompts = self.draw_prompts(step)
@@ -134,6 +134,8 @@ class PPOTrainer:
             report(step, metrics, rollout.scores, self.sample_rows(rollout, prompts))
             self.finished = step + 1
             keep()
+            if self.stop_requested():  # not before a step: a job that is stopped and requeued again and again gets on
+                return
 
     def stop_requested(self) -> bool:
         """Whether a signal reached any worker: collective, the same answer on all."""
