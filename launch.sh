@@ -1,80 +1,86 @@
 #!/usr/bin/env bash
-# Sets up an environment, then trains or tests. `./launch.sh --help` says how.
+#SBATCH --job-name=ppo
+#SBATCH --ntasks-per-node=1
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# Sets up an environment, then trains or tests, here or as a SLURM job. `./launch.sh --help` says how.
+#
+# The lines above are sbatch's defaults; its options win over them. SLURM starts one task a node, which starts the workers
+# there. Five minutes before the time limit the batch shell gets SIGUSR1: time to end the step and write a checkpoint.
+# A requeued job goes on in the same log.
 set -euo pipefail
 
 usage() {
   cat <<'HELP'
-./launch.sh                                     train recipes/quickstart.yaml: a small GPT-2, minutes on two CPU cores
+./launch.sh                                     train recipes/quickstart.yaml: a small GPT-2, minutes on two cores
 ./launch.sh recipes/X.yaml [--setting value …]  train any recipe; settings given here win over the recipe's.
-                                                recipes/sft_* and reward_* train the language model and the classifier
+                                                recipes/sft_* and reward_* train language model and classifier
+sbatch --nodes=2 --gpus-per-node=4 launch.sh recipes/X.yaml [--setting value …]
+                                                the same as a SLURM job (docs/slurm.md)
+./launch.sh --dry-run […]                       print the commands that would run, and stop
 ./launch.sh test [pytest arguments]             run the tests
 ./launch.sh setup                               make the environment and stop
 
 Launcher options, before or after the recipe:
-  --config NAME          accelerate_configs/NAME.yaml, or a path; by default cpu, single_gpu or multi_gpu by what is here
-  --num_processes N      workers on this machine; by default one a GPU, or two on CPU
-  --mixed_precision P    no, bf16 or fp16; by default bf16 on CPUs that multiply it natively, else what the configuration says
+  --config NAME          accelerate_configs/NAME.yaml, or a path; by default cpu, single_gpu or multi_gpu
+  --num_processes N      workers on each machine; by default one a GPU, or two on CPU
+  --mixed_precision P    no, bf16 or fp16; by default bf16 on CPUs that multiply it natively, else the configuration's
+Several machines without SLURM, the same command on each but for the rank:
+  --num_machines M  --machine_rank R  --main_process_ip IP  --main_process_port PORT     IP is that of rank 0
 All other options are the run's own: python -m pipeline.train --help
 
-The environment: the active virtual or conda environment, else .venv here, made when missing. requirements.txt is installed
-once, and again when it changes. Set PYTHON to choose the interpreter that makes .venv.
+Exit codes: 0 finished; 2 a setting is at fault; 3 the reward failed in mid-run; 130, 138 and 143 stopped by SIGINT
+(Ctrl-C), SIGUSR1 and SIGTERM with a checkpoint, from which the same command continues; any other: a worker crashed.
+
+The environment: the active virtual or conda environment, else .venv here, made when missing. requirements.txt is
+installed once, and again when it changes. Set PYTHON to choose the interpreter that makes .venv.
 HELP
 }
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-cd "$root"
-
 fail() { echo "launch.sh: $*" >&2; exit 2; }
 
-new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+# In a SLURM job, and not in one of its steps (srun --pty bash), where the step is all there is.
+has_slurm_job() { [ -n "${SLURM_JOB_ID:-}" ] && [ "${SLURM_STEP_ID:-4294967290}" -ge 4294967000 ]; }
 
-set_up() {
-  local environment="${VIRTUAL_ENV:-}"
-  # conda's base is active in every shell of many users, who do not want our pins in it.
-  if [ -z "$environment" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then environment="${CONDA_PREFIX:-}"; fi
-  if [ -z "$environment" ]; then
-    environment="$root/.venv"
-    if [ ! -x "$environment/bin/pip" ]; then
-      local python="${PYTHON:-python3}"
-      new_enough "$python" ||
-        fail "$python is missing or older than Python 3.11. Set PYTHON to a newer one: PYTHON=python3.12 ./launch.sh"
-      echo "Making the environment $environment" >&2
-      "$python" -m venv "$environment" || fail "$python cannot make $environment; on Debian and Ubuntu: apt install python3-venv"
-    fi
+find_root() { # sbatch runs a copy out of its spool: the project is then where the submitted script was
+  local place submitted="" beside
+  beside=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+  if [ ! -f "$beside/pipeline/train.py" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+    submitted=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's|^ *Command=\(.*\)/launch\.sh.*|\1|p') || true
+    submitted="${submitted%%$'\n'*}" # an array shows a job for each
   fi
-  PATH="$environment/bin:$PATH"
-  export VIRTUAL_ENV="$environment" PATH
-  new_enough python || fail "the active environment $environment has a Python older than 3.11; deactivate it or use another."
-  local stamp="$environment/.requirements-installed"
-  if ! cmp -s requirements.txt "$stamp"; then
-    echo "Installing requirements.txt into $environment (some minutes the first time)" >&2
-    python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    cp requirements.txt "$stamp"
-  fi
+  for place in "$beside" "$submitted" "${SLURM_SUBMIT_DIR:-}"; do
+    if [ -f "$place/pipeline/train.py" ]; then echo "$place"; return; fi
+  done
+  fail "there is no pipeline/train.py in $beside${submitted:+, in $submitted} or in the directory of submission" \
+    "(${SLURM_SUBMIT_DIR:-none}). Submit it in the project: sbatch launch.sh …"
 }
 
-tune_cpu() { # $1: processes on this machine
-  local cores
-  cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}"
-  # glibc hands large tensors back to the kernel after each operation; keeping them saves about a fifth of the time on CPU.
-  export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-8589934592}"
-  export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
-}
+root=$(find_root)
+cd "$root"
 
-tell_workers() { # $1: signal, $2: the launcher, told itself as long as it has no workers
-  local workers
-  workers=$(pgrep -P "$2" 2>/dev/null || cat "/proc/$2/task/$2/children" 2>/dev/null || true)
-  if [ -n "$workers" ]; then kill -s "$1" $workers 2>/dev/null || true; else kill -s TERM "$2" 2>/dev/null || true; fi
-}
+. shell/environment.sh
+. shell/slurm.sh
 
-train() {
-  local recipe="" config="" processes="" precision="" settings=()
+# --- what to run: options, recipe and machine become one command
+
+recipe="" config="" workers="" precision="" settings=() # as given; workers are those of each machine
+machines=1 machine_rank="" main_ip="" main_port=""
+dry_run=""
+command=() # for accelerate launch
+
+read_arguments() {
   while [ $# -gt 0 ]; do
     case "$1" in
       --config) config="${2:?--config needs a name}"; shift 2 ;;
-      --num_processes) processes="${2:?--num_processes needs a number}"; shift 2 ;;
+      --num_processes) workers="${2:?--num_processes needs a number}"; shift 2 ;;
       --mixed_precision) precision="${2:?--mixed_precision needs no, bf16 or fp16}"; shift 2 ;;
+      --num_machines) machines="${2:?--num_machines needs a number}"; shift 2 ;;
+      --machine_rank) machine_rank="${2:?--machine_rank needs a number}"; shift 2 ;;
+      --main_process_ip) main_ip="${2:?--main_process_ip needs an address}"; shift 2 ;;
+      --main_process_port) main_port="${2:?--main_process_port needs a number}"; shift 2 ;;
+      --dry-run) dry_run=1; shift ;;
       *.yaml | *.yml)
         if [ -z "$recipe" ]; then recipe="$1"; else settings+=("$1"); fi
         shift ;;
@@ -85,72 +91,185 @@ train() {
   [ -f "$recipe" ] || fail "there is no recipe $recipe; those shipped: $(echo recipes/*.yaml)"
   [ -z "$config" ] || [ -f "$config" ] || [ -f "accelerate_configs/$config.yaml" ] ||
     fail "there is no accelerate configuration $config; those shipped: $(echo accelerate_configs/*.yaml)"
-  set_up
-  local gpus=0
-  if [ "$config" != cpu ] && command -v nvidia-smi >/dev/null 2>&1; then
-    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-  fi
-  local module=pipeline.train
-  case "$(basename "$recipe")" in sft_*) module=pipeline.sft ;; reward_*) module=pipeline.reward_model ;; esac
-  if [ -z "$config" ]; then
-    if [ "$gpus" -gt 0 ]; then
-      processes="${processes:-$gpus}"
-    elif [ "$module" = pipeline.train ]; then
-      processes="${processes:-2}"
-    else
-      processes="${processes:-1}"
+}
+
+is_busy() { (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; } # whether somebody listens on that port of this machine
+
+choose_rendezvous() { # where the workers meet: machines, main_ip and main_port
+  if has_slurm_job; then
+    [ "$machines$machine_rank$main_ip" = 1 ] ||
+      fail "SLURM says which machines there are: leave --num_machines, --machine_rank and --main_process_ip to it."
+    machines="${SLURM_JOB_NUM_NODES:-1}"
+    local head first=$((20000 + SLURM_JOB_ID % 1000 * 10))
+    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    head="${head%%$'\n'*}"
+    # The address by which SLURM itself finds the node: not every cluster knows its nodes' names otherwise.
+    main_ip=$(scontrol show node --oneliner "$head" 2>/dev/null | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p') || true
+    main_ip="${main_ip:-$head}"
+    if [ -z "$main_port" ]; then # ten ports a job, out of the kernel's own range; a batch shell is on the head node
+      for main_port in $(seq "$first" $((first + 9))); do is_busy "$main_port" || break; done
     fi
+  elif [ "$machines" -gt 1 ]; then
+    if [ -z "$machine_rank" ] || [ -z "$main_ip" ] || [ -z "$main_port" ]; then
+      fail "--num_machines $machines needs --machine_rank, --main_process_ip and --main_process_port as well."
+    fi
+  elif [ -z "$main_port" ]; then # of its own, so that several runs share a machine
+    while main_port=$((10000 + RANDOM % 10000)); is_busy "$main_port"; do :; done
+  fi
+  if [ "${machine_rank:-0}" = 0 ] && is_busy "$main_port"; then
+    fail "port $main_port is in use on this machine; choose another with --main_process_port" \
+      "(on all machines the same), or end what listens there: ss -ltnp 'sport = :$main_port'"
+  fi
+}
+
+use_array_seed() { # the jobs of a SLURM array are the seeds of one recipe
+  local setting output_dir="" last=""
+  # A recipe's output_dir, without quotes and comment.
+  output_dir=$(sed -n "s/^output_dir: *[\"']\{0,1\}\([^\"'#]*[^\"'# ]\).*/\1/p" "$recipe")
+  for setting in ${settings[@]+"${settings[@]}"}; do
+    case "$setting" in
+      --seed | --seed=*) fail "a job array gives the seeds (--seed $SLURM_ARRAY_TASK_ID here): leave out $setting." ;;
+      --output_dir=*) output_dir="${setting#*=}" ;;
+    esac
+    if [ "$last" = --output_dir ]; then output_dir="$setting"; fi
+    last="$setting"
+  done
+  if [ -z "$output_dir" ]; then output_dir=$(basename "$recipe"); output_dir="runs/${output_dir%.*}"; fi
+  settings+=(--seed "$SLURM_ARRAY_TASK_ID" --output_dir "${output_dir%/}/seed_$SLURM_ARRAY_TASK_ID")
+}
+
+count_gpus() {
+  if [ "$config" = cpu ] || ! command -v nvidia-smi >/dev/null 2>&1; then echo 0; return; fi
+  python -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null ||
+    nvidia-smi --list-gpus | grep -c '^GPU' || true # a dry run may be without PyTorch
+}
+
+tune_cpu() { # $1: processes on this machine
+  local cores
+  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+  if [ "${SLURM_CPUS_ON_NODE:-$cores}" -lt "$cores" ]; then cores="$SLURM_CPUS_ON_NODE"; fi
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}"
+  # glibc hands large tensors back to the kernel after each operation; keeping them saves a fifth of the time on CPU.
+  export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-8589934592}"
+  export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
+}
+
+choose_command() {
+  local module=pipeline.train gpus total file on_cpu=2
+  gpus=$(count_gpus)
+  case "$(basename "$recipe")" in sft_*) module=pipeline.sft ;; reward_*) module=pipeline.reward_model ;; esac
+  if [ "$module" != pipeline.train ] && [ -z "$config" ]; then on_cpu=1; fi
+  if [ -z "$workers" ]; then
+    if [ "$config" = single_gpu ]; then
+      workers=1
+    elif [ -f "$config" ]; then # the user's own
+      workers=$(sed -n 's/^num_processes: *//p' "$config")
+    fi
+    if [ -z "$workers" ]; then workers=$((gpus > 0 ? gpus : on_cpu)); fi
+  fi
+  total=$((machines * workers))
+  if [ -z "$config" ]; then
     config=single_gpu
-    if [ "$processes" -gt 1 ]; then config=cpu; fi
-    if [ "$processes" -gt 1 ] && [ "$gpus" -gt 0 ]; then config=multi_gpu; fi
+    if [ "$total" -gt 1 ]; then config=cpu; fi
+    if [ "$total" -gt 1 ] && [ "$gpus" -gt 0 ]; then config=multi_gpu; fi
   fi
   if [ "$config" = cpu ]; then export CUDA_VISIBLE_DEVICES=""; fi
-  local file="$config"
+  file="$config"
   [ -f "$file" ] || file="accelerate_configs/$config.yaml"
-  processes="${processes:-$(sed -n 's/^num_processes: *//p' "$file")}"
-  export PIPELINE_PROCESSES="$processes" # the workers check that as many joined
+  export PIPELINE_PROCESSES="$total" # the workers check that as many joined
   if [ "$gpus" -eq 0 ]; then
-    tune_cpu "$processes"
+    tune_cpu "$workers"
     # Two thirds of float32's time where the CPU has the instructions; slower than float32 where it has not.
     if [ -z "$precision" ] && grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=bf16; fi
   fi
 
-  local command=(accelerate launch --quiet --config_file "$file")
-  # A port of its own lets several runs share a machine; asking for port 0 would be refused by a static rendezvous.
-  command+=(--main_process_port "$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')")
-  command+=(--num_processes "$processes")
+  command=(--quiet --config_file "$file" --num_processes "$total" --main_process_port "$main_port")
+  if [ "$machines" -gt 1 ]; then
+    # These three are not heard in the file. Static: other rendezvous guess which host they are on, and err.
+    command+=(--num_machines "$machines" --main_process_ip "$main_ip" --rdzv_backend static)
+    # DeepSpeed would go to the other machines by ssh; they have been reached already.
+    if grep -q '^distributed_type:.*DEEPSPEED' "$file"; then command+=(--deepspeed_multinode_launcher standard); fi
+  fi
   [ -z "$precision" ] || command+=(--mixed_precision "$precision")
   command+=(-m "$module" --config "$recipe" ${settings[@]+"${settings[@]}"})
+}
 
-  # Workers leave exit code and message here; see pipeline/errors.py.
-  PIPELINE_STATUS_FILE="$(mktemp -d)/status"
-  export PIPELINE_STATUS_FILE
+# --- running it
 
-  # Ctrl-C is for the workers, which finish their step and save; the launcher would kill them. So the launcher gets a process
-  # group of its own, out of the terminal's reach, and this script passes the signal on.
-  local interrupted="" status=0 launcher
-  set -m
-  "${command[@]}" &
-  launcher=$!
-  set +m
-  trap 'interrupted=1; tell_workers INT "$launcher"' INT
-  trap 'tell_workers TERM "$launcher"' TERM HUP QUIT
+show() { # a command line as it can be pasted, with the variables that matter
+  local name
+  for name in PIPELINE_PROCESSES OMP_NUM_THREADS CUDA_VISIBLE_DEVICES; do
+    if [ -n "${!name+x}" ]; then printf '%s=%q ' "$name" "${!name}"; fi
+  done
+  printf '%q ' "$@"
+  echo
+}
+
+status=0 launcher="" received="" # of what runs: its exit code, its process, the last signal to this script
+
+wait_for_launcher() { # a trap interrupts `wait`
   while :; do
     wait "$launcher" && status=0 || status=$?
     kill -0 "$launcher" 2>/dev/null || break
   done
+}
+
+read_status_file() { # what the workers left there is the outcome; see pipeline/errors.py
   if [ -f "$PIPELINE_STATUS_FILE" ]; then
     status=$(head -n 1 "$PIPELINE_STATUS_FILE")
     tail -n +2 "$PIPELINE_STATUS_FILE" >&2
   fi
+}
+
+tell_workers() { # $1: signal; the launcher is told itself as long as it has no workers
+  local workers
+  received="$1"
+  workers=$(pgrep -P "$launcher" 2>/dev/null || cat "/proc/$launcher/task/$launcher/children" 2>/dev/null || true)
+  # shellcheck disable=SC2086 # a list of processes
+  if [ -n "$workers" ]; then kill -s "$1" $workers || true; else kill -s TERM "$launcher" || true; fi 2>/dev/null
+}
+
+run_here() {
+  local start=(accelerate launch)
+  if [ "$machines" -gt 1 ]; then start+=(--machine_rank "$machine_rank"); fi
+  if [ -n "$dry_run" ]; then show "${start[@]}" "${command[@]}"; return; fi
+  PIPELINE_STATUS_FILE="$(mktemp -d)/status"
+  export PIPELINE_STATUS_FILE
+  # Ctrl-C is for the workers, which finish their step and save; the launcher would kill them. So the launcher gets a
+  # process group of its own, out of the terminal's reach, and this script passes the signal on.
+  set -m
+  "${start[@]}" "${command[@]}" &
+  launcher=$!
+  set +m
+  trap 'tell_workers INT' INT
+  trap 'tell_workers USR1' USR1
+  trap 'tell_workers TERM' TERM HUP QUIT
+  wait_for_launcher
+  # Workers that were told before they listened.
+  if [ "$status" -ne 0 ] && [ -n "$received" ]; then status=$((128 + $(kill -l "$received"))); fi
+  read_status_file
   rm -rf "$(dirname "$PIPELINE_STATUS_FILE")"
-  [ -z "$interrupted" ] || exit 130
   exit "$status"
+}
+
+train() {
+  read_arguments "$@"
+  if has_slurm_job; then
+    trap 'stop_step USR1' USR1
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then use_array_seed; fi
+  elif [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ]; then
+    fail "srun has started $SLURM_STEP_NUM_TASKS of this script, which starts the workers itself: use sbatch launch.sh …"
+  fi
+  choose_rendezvous
+  if [ -z "$dry_run" ]; then set_up; else use_environment; fi
+  choose_command
+  if has_slurm_job; then run_slurm; else run_here; fi
 }
 
 case "${1:-}" in
   -h | --help | help) usage ;;
   setup) set_up ;;
+  on_node) shift; on_node "$@" ;;
   test)
     shift
     set_up

@@ -31,6 +31,23 @@ def launch(
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def user_environment(**more: str) -> dict[str, str]:
+    """For launch.sh: the environment the tests run in counts as active, its requirements as installed, and a SLURM job
+    the tests themselves may run in is not seen."""
+    prefix = Path(sys.prefix)
+    stamp = prefix / ".requirements-installed"
+    if not stamp.exists():
+        stamp.write_bytes((ROOT / "requirements.txt").read_bytes())
+    seen = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+    return {**seen, "VIRTUAL_ENV": str(prefix), **more}
+
+
 def metrics(run: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(run: Path) -> list[dict[str, float]]:
+    """A run's metrics without those that no two runs share: times, throughput and memory."""
+    hidden = ("time/", "throughput/", "memory/")
+    return [{name: value for name, value in row.items() if not name.startswith(hidden)} for row in metrics(run)]
