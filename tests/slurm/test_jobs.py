@@ -3,12 +3,20 @@
 import time
 from pathlib import Path
 
+import pytest
 import yaml
-from cluster import KILL_WAIT, Cluster
+from cluster import KILL_WAIT, Cluster, running_cluster
 from launching import ROOT, figures, launch, metrics, user_environment
 from transformers import AutoModelForCausalLM
 
 CPU = ["--config", "cpu", "--num_processes", "1", "--mixed_precision", "no"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of 8 CPUs and 4 GPUs, both pretended; skips where Debian's SLURM cannot be had."""
+    with running_cluster() as running:
+        yield running
 
 
 class Job:
