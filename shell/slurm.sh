@@ -16,7 +16,10 @@ tell_step() {
   # The workers get SIGUSR1, which srun hands to every process of the step; SIGINT and SIGTERM are for srun itself.
   # Workers that are still starting do not hear it, so it is repeated.
   if [ -z "$teller" ]; then
-    (while kill -s USR1 "$launcher" 2>/dev/null; do sleep 5; done) &
+    (
+      trap '' TERM # which SLURM sends to every process of the job
+      while kill -s USR1 "$launcher" 2>/dev/null; do sleep 5; done
+    ) &
     teller=$!
   fi
 }

@@ -90,15 +90,28 @@ def test_scancel_ends_a_job_with_what_it_learned(cluster, tmp_path, tiny_recipe)
     AutoModelForCausalLM.from_pretrained(run)
 
 
-def test_an_array_trains_a_seed_a_job(cluster, tmp_path, tiny_recipe):
-    few = ["--steps", "1", "--evaluation_prompts", "0"]
-    job = Job(cluster, tmp_path, ["--array=0-2"], [tiny_recipe, *CPU, *few, "--output_dir", str(tmp_path / "runs")])
-    for seed in range(3):
-        cluster.wait(f"{job.number}_{seed}", 600)
+def test_an_array_trains_a_seed_a_job_and_a_crash_ends_one_alone(cluster, tmp_path, tiny_recipe):
+    # SLURM numbers the array after its last job: what ends that one must not end all.
+    (tmp_path / "crashing.py").write_text(
+        "import os, time\nfrom pipeline.trainer import PPOTrainer\n"
+        "draw = PPOTrainer.draw_prompts\n"
+        "def crash(self, step):\n"
+        "    if os.environ['SLURM_ARRAY_TASK_ID'] == '3':\n        raise RuntimeError('out of order')\n"
+        "    time.sleep(5)\n    return draw(self, step)\n"
+        "PPOTrainer.draw_prompts = crash\n"
+        "def score(prompts, responses):\n    return [float(len(text)) for text in responses]\n"
+    )
+    settings = ["--steps", "1", "--evaluation_prompts", "0", "--reward", "crashing:score"]
+    job = Job(
+        cluster, tmp_path, ["--array=0-3"], [tiny_recipe, *CPU, *settings, "--output_dir", str(tmp_path / "runs")],
+        PYTHONPATH=f"{tmp_path}:{ROOT}",
+    )  # fmt: skip
+    states = [cluster.wait(f"{job.number}_{seed}", 600)["JobState"] for seed in range(4)]
+    assert states == ["COMPLETED"] * 3 + ["FAILED"], job.log
     rewards = set()
     for seed in range(3):
         run = tmp_path / "runs" / f"seed_{seed}"
-        assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == seed, job.log
+        assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == seed
         rewards.add(metrics(run)[0]["reward/mean"])
     assert len(rewards) == 3
 
