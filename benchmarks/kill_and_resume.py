@@ -81,9 +81,11 @@ def kill_when(
 def differences(expected: Path, found: Path) -> list[str]:
     """What differs between two finished runs, bit for bit; timings aside."""
     weights = [
-        load_file(run / "model.safetensors") | load_file(run / "value_head.safetensors") for run in (expected, found)
+        {f"{path.name}: {name}": value for path in run.glob("*.safetensors") for name, value in load_file(path).items()}
+        for run in (expected, found)
     ]
-    different = [name for name in weights[0] if not weights[0][name].equal(weights[1][name])]
+    assert len(weights[0]) > 2, f"no weights in {expected}"
+    different = [name for name, value in weights[0].items() if not value.equal(weights[1][name])]
     lines = [
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (expected, found)
     ]

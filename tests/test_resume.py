@@ -21,11 +21,11 @@ QUICK = ("--steps", "5", "--save_every_steps", "1", "--evaluation_prompts", "0")
 
 @pytest.mark.parametrize(
     ("config", "settings", "kills"),
-    [("cpu", (), 4), ("cpu", LORA, 1), ("zero2", (), 1), ("zero3", LORA, 1)],
-    ids=["ddp", "ddp-lora", "zero2", "zero3-lora"],
+    [("cpu", (), 2), ("zero2", (), 1), ("zero3", LORA, 1)],
+    ids=["ddp", "zero2", "zero3-lora"],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, tiny_recipe, config, settings, kills):
-    if "--use_peft" in settings:  # the adapter in place of the model
+    if settings:  # more to remember
         settings = (*settings, "--reward_scaling", "true", "--kl_adaptive", "true")
     kill_and_resume(tiny_recipe, tmp_path, *QUICK, *settings, kills=kills, config=config, seed=kills)
 
