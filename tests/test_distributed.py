@@ -34,10 +34,14 @@ def alone(tmp_path_factory, tiny_recipe):
     }
 
 
-@pytest.mark.parametrize("settings", [(), LORA], ids=["full", "lora"])
+SHARINGS = [(config, 2, settings) for config in ("cpu", "zero1", "zero2", "zero3") for settings in ((), LORA)]
+
+
 @pytest.mark.parametrize(
-    ("config", "processes"), [("cpu", 2), ("cpu", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
-)  # fmt: skip
+    ("config", "processes", "settings"),
+    [*SHARINGS, ("cpu", 4, ())],
+    ids=lambda value: {(): "full", LORA: "lora"}.get(value) if isinstance(value, tuple) else None,
+)
 def test_however_the_work_is_shared_the_run_is_the_same(tmp_path, tiny_recipe, alone, config, processes, settings):
     # Several microbatches a worker, ragged lengths, a last microbatch that is smaller than the others.
     expected = alone[settings]
