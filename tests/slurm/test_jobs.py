@@ -145,7 +145,7 @@ def test_a_job_stopped_for_time_and_then_preempted_is_requeued_and_ends_as_if_un
         "    time.sleep(float(os.environ.get('SLOW', '0')))\n"  # or the job ends before the signals
         "    return [float(len(text)) for text in responses]\n"
     )
-    settings = ["--reward", "slow:score", "--steps", "16"]
+    settings = ["--reward", "slow:score", "--steps", "16", "--evaluation_prompts", "0"]
     path = f"{tmp_path}:{ROOT}"
     job = Job(
         cluster, tmp_path, ["--nodes=2", "--partition=low"], [tiny_recipe, *CPU, *settings, "--output_dir", str(run)],
