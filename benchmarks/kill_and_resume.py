@@ -1,6 +1,6 @@
 """Kill a two-process run with SIGKILL at many moments, resume it each time, compare it with an undisturbed one.
 
-    python -m benchmarks.kill_and_resume                      # 10 moments, the shipped models, about 10 minutes
+    python -m benchmarks.kill_and_resume                      # 10 moments, the shipped models, about 5 minutes
     python -m benchmarks.kill_and_resume --kills 20 --config zero2
 
 Half of the kills come while a checkpoint is being written. The resumed run's weights and metrics must equal the

@@ -1,6 +1,6 @@
 """What ZeRO-3 costs a rollout and what LoRA saves in memory, on a GPT-2 of 124 M.
 
-    python -m benchmarks.sharding                        # CPU: about six minutes of two cores
+    python -m benchmarks.sharding                        # CPU: three minutes of two cores
     python -m benchmarks.sharding --processes 8          # on GPUs, one process each
 
 Runs recipes/gpt2_imdb.yaml for a few small steps: data parallel and ZeRO-3 in turn for the rollout's seconds (sampling
