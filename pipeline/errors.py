@@ -1,5 +1,6 @@
 """Errors that are the user's to mend, and how a program ends on them."""
 
+import atexit
 import os
 import platform
 import sys
@@ -30,18 +31,30 @@ def leave(code: int, error: UserError | None = None) -> None:
     ended: a launcher would answer an exit code by killing the workers that have not ended yet, and with a traceback.
     """
     told = os.environ.get(STATUS_FILE_VARIABLE)
-    if isinstance(error, OtherWorkerError):
-        sys.exit(0 if told else code)
+    if code == 0 or isinstance(error, OtherWorkerError):
+        return _end(0 if told else code)
     message = "" if error is None else f"error: {error}\n"
     if not told:
         print(message, end="", file=sys.stderr, flush=True)
-        sys.exit(code)
+        return _end(code)
     try:
         with open(told, "x", encoding="utf-8") as file:
             file.write(f"{code}\n{message}")
     except FileExistsError:
         pass
-    sys.exit(0)
+    _end(0)
+
+
+def _end(code: int) -> None:
+    """Exit; one of several workers does so without unloading PyTorch, whose communication threads may abort in that."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if code:
+            sys.exit(code)
+        return
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager

@@ -44,8 +44,7 @@ from pipeline.trainer import PPOTrainer
 def main() -> None:
     with worker_faults(), StopRequest() as stop:
         code, failure = start_and_run(stop)
-    if code:
-        leave(code, failure)
+    leave(code, failure)
 
 
 def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
@@ -79,7 +78,6 @@ def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
             reporter.console.say(f"warning: {warning}")
         failure = run(trainer, checkpoints, reporter, config, data, parts)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
     if failure is not None:
         return REWARD_FAILED, failure
     return STOPPED_BY_SIGNAL + trainer.stopped_by if trainer.stopped_by else 0, None
