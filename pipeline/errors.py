@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 CRASHED = 1
 BAD_SETTINGS = 2
@@ -24,19 +25,19 @@ class OtherWorkerError(UserError):
     """This worker is well, another one has a `UserError` and says so."""
 
 
-def leave(code: int, error: UserError | None = None) -> None:
+def leave(code: int, error: UserError | None = None) -> NoReturn:
     """End the program with `code` and, where there is an error, one `error:` line.
 
     Under launch.sh the first worker that leaves writes both into a file instead, for launch.sh to tell when all have
     ended: a launcher would answer an exit code by killing the workers that have not ended yet, and with a traceback.
     """
     told = os.environ.get(STATUS_FILE_VARIABLE)
-    if code == 0 or isinstance(error, OtherWorkerError):
-        return _end(0 if told else code)
+    if isinstance(error, OtherWorkerError):
+        _end(0 if told else code)
     message = "" if error is None else f"error: {error}\n"
     if not told:
         print(message, end="", file=sys.stderr, flush=True)
-        return _end(code)
+        _end(code)
     try:
         with open(told, "x", encoding="utf-8") as file:
             file.write(f"{code}\n{message}")
@@ -45,12 +46,16 @@ def leave(code: int, error: UserError | None = None) -> None:
     _end(0)
 
 
-def _end(code: int) -> None:
+def end_worker() -> None:
+    """End one of several workers that has done its part; a process alone ends by itself."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _end(0)
+
+
+def _end(code: int) -> NoReturn:
     """Exit; one of several workers does so without unloading PyTorch, whose communication threads may abort in that."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        if code:
-            sys.exit(code)
-        return
+        sys.exit(code)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from pipeline.assembly import Data, Parts, open_data, open_reward, parse_config
 from pipeline.config import Config, ConfigError
-from pipeline.errors import leave, user_errors
+from pipeline.errors import end_worker, user_errors
 from pipeline.evaluation import evaluate
 from pipeline.models.building import load_tuned
 from pipeline.reporting import show_evaluation
@@ -37,7 +37,7 @@ def main() -> None:
     if accelerator.is_main_process:
         show_evaluation(Console(0, enabled=True), evaluation, run)
     accelerator.wait_for_everyone()
-    leave(0)
+    end_worker()
 
 
 def open_run(arguments: list[str]) -> tuple[Path, Config]:

@@ -18,7 +18,15 @@ from accelerate import Accelerator
 
 from pipeline.assembly import Data, Parts, build_parts, open_data, parse_config, sampling_warning
 from pipeline.config import Config, require_divides_by_workers
-from pipeline.errors import REWARD_FAILED, STOPPED_BY_SIGNAL, UserError, leave, user_errors, worker_faults
+from pipeline.errors import (
+    REWARD_FAILED,
+    STOPPED_BY_SIGNAL,
+    UserError,
+    end_worker,
+    leave,
+    user_errors,
+    worker_faults,
+)
 from pipeline.evaluation import evaluate
 from pipeline.models.saving import save_policy
 from pipeline.reporting import Reporter
@@ -44,7 +52,9 @@ from pipeline.trainer import PPOTrainer
 def main() -> None:
     with worker_faults(), StopRequest() as stop:
         code, failure = start_and_run(stop)
-    leave(code, failure)
+    if code:
+        leave(code, failure)
+    end_worker()
 
 
 def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
