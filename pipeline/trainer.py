@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
 from pipeline.metrics import step_metrics
+from pipeline.models.forward import output_head
+from pipeline.models.packing import pack
 from pipeline.models.policy import Policy, Reference
 from pipeline.ppo.advantages import Advantages, compute_advantages
 from pipeline.ppo.kl import adapted_kl_coef, kl_estimate
@@ -78,6 +81,7 @@ class PPOTrainer:
             microbatch_size=min(ppo.microbatch_size, mine),
             microbatches=math.ceil(mine / ppo.microbatch_size),
             max_grad_norm=ppo.max_grad_norm,
+            outside=output_head(policy.model).parameters(),
         )
         self.reference = reference
         self.reward = reward
@@ -222,6 +226,7 @@ class PPOTrainer:
             step=step,
             seed=self.config.run.seed,
             temperature=self.config.rollout.temperature,
+            layout=self.policy.layout,
         )
 
     def adapt_kl_coef(self, kl: float) -> None:
@@ -257,13 +262,13 @@ class PPOTrainer:
         return list(zip(prompts.text[:count], responses, some.scores.tolist(), strict=True))
 
     def _settle(self) -> None:
-        data, length = self.config.data, self.config.rollout.response_min_tokens
-        tokens = torch.zeros(1, data.prompt_max_tokens + length, dtype=torch.long, device=self.accelerator.device)
+        tokens = torch.zeros(1, 3, dtype=torch.long, device=self.accelerator.device)
+        packed = pack(tokens, np.array([[1, 2]]), 2, self.policy.layout)
         settle(
             self.accelerator,
             self.engine,
             self.optimizer,
-            lambda: self.engine(tokens, torch.ones_like(tokens, dtype=torch.bool), length),
+            lambda: self.engine(packed, token_loss=lambda logprobs, _rows: logprobs),
         )
 
     @contextmanager

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipeline.config import PPOSettings
+from pipeline.models.packing import Layout, pack
 from pipeline.ppo.advantages import Advantages
-from pipeline.ppo.losses import PPOLoss, ppo_loss
+from pipeline.ppo.losses import PPOLoss, policy_losses, ppo_loss
 from pipeline.rollout.rollout import Rollout
 from pipeline.runtime.distributed import reduce_stats, share
 from pipeline.runtime.engine import accumulating, backward, optimizer_step
@@ -52,6 +54,7 @@ def update_policy(
     step: int,
     seed: int,
     temperature: float,
+    layout: Layout,
 ) -> UpdateStats:
     """Run the epochs of PPO step `step` on the global rollout batch.
 
@@ -62,32 +65,41 @@ def update_policy(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, settings)
     device = rollout.tokens.device
+    lengths = rollout.lengths()
     sums = torch.zeros(len(SUMS), device=device)
     maxima = torch.zeros(2, device=device)
-    tokens_seen = torch.zeros((), device=device)
     gradient_norm = torch.zeros((), device=device)
-    epochs = optimizer_steps = 0
+    tokens_seen = epochs = optimizer_steps = 0
     for epoch in range(settings.ppo_epochs):
         order = generator(seed, f"minibatches of epoch {epoch}", step).permutation(len(rollout))
         epoch_sums = torch.zeros_like(sums)
-        epoch_tokens = torch.zeros_like(tokens_seen)
-        for minibatch in torch.from_numpy(order).to(device).split(settings.minibatch_size):
-            tokens = rollout.response_mask[minibatch].sum()
+        for start in range(0, len(order), settings.minibatch_size):
+            minibatch = order[start : start + settings.minibatch_size]
             mine = minibatch[share(accelerator, len(minibatch))]
+            tokens = int(lengths[minibatch, 1].sum())
             first = optimizer_steps == 0
             for loss in _backward(
-                accelerator, engine, rollout, advantages, settings, mine, tokens, temperature=temperature
+                accelerator,
+                engine,
+                rollout,
+                advantages,
+                settings,
+                mine,
+                lengths,
+                tokens,
+                temperature=temperature,
+                layout=layout,
             ):
-                epoch_sums += torch.stack([getattr(loss, name).float() for name in SUMS])
+                epoch_sums += torch.stack([getattr(loss, name).detach().float() for name in SUMS])
                 maxima[0] = torch.maximum(maxima[0], loss.ratio_max)
                 if first:
                     maxima[1] = torch.maximum(maxima[1], loss.ratio_deviation)
             gradient_norm += optimizer_step(accelerator, engine, optimizer, settings.max_grad_norm)
-            epoch_tokens += tokens
             optimizer_steps += 1
         epochs += 1
         epoch_sums, maxima = reduce_stats(accelerator, epoch_sums, maxima)
         sums += epoch_sums
+        epoch_tokens = int(lengths[:, 1].sum())
         tokens_seen += epoch_tokens
         epoch_kl = epoch_sums[SUMS.index("approx_kl")] / epoch_tokens
         if settings.kl_early_stop is not None and epoch_kl > settings.kl_early_stop:
@@ -108,32 +120,43 @@ def _backward(
     rollout: Rollout,
     advantages: Advantages,
     settings: PPOSettings,
-    mine: Tensor,
-    minibatch_tokens: Tensor,
+    mine: np.ndarray,
+    lengths: np.ndarray,
+    minibatch_tokens: int,
     *,
     temperature: float,
+    layout: Layout,
 ) -> list[PPOLoss]:
     """Accumulate this worker's part of one minibatch's gradient; workers exchange it with the last microbatch only."""
     losses = []
-    microbatches = mine.split(settings.microbatch_size)
-    for i, index in enumerate(microbatches):
-        part = rollout.take(index)
-        last = i + 1 == len(microbatches)
+    # Data parallelism averages gradients over the workers; the minibatch wants their sum.
+    scale = accelerator.num_processes / minibatch_tokens
+    for start in range(0, len(mine), settings.microbatch_size):
+        index = mine[start : start + settings.microbatch_size]
+        where = torch.from_numpy(index).to(rollout.tokens.device, non_blocking=True)
+        part = rollout.take(where)
+        packed = pack(part.tokens, lengths[index], part.response_tokens.shape[1], layout)
+        old_logprobs, old_values = packed.take(part.logprobs), packed.take(part.values)
+        token_advantages, returns = (packed.take(x[where]) for x in (advantages.advantages, advantages.returns))
+
+        def token_loss(logprobs: Tensor, rows: slice, old=old_logprobs, advantage=token_advantages) -> Tensor:
+            return policy_losses(logprobs, old[rows], advantage[rows], settings.clip_range)
+
+        last = start + settings.microbatch_size >= len(mine)
         with accumulating(accelerator, engine, last=last):
-            outputs = engine(part.tokens, part.mask, part.response_tokens.shape[1], temperature)
+            outputs = engine(packed, temperature, token_loss=token_loss, scale=scale)
             loss = ppo_loss(
                 outputs.logprobs,
                 outputs.values,
-                part.logprobs,
-                part.values,
-                advantages.advantages[index],
-                advantages.returns[index],
-                part.response_mask,
+                old_logprobs,
+                old_values,
+                token_advantages,
+                returns,
                 clip_range=settings.clip_range,
                 value_clip_range=settings.value_clip_range,
                 value_coef=settings.value_coef,
             )
-            # Data parallelism averages gradients over the workers; the minibatch wants their sum.
-            backward(accelerator, engine, loss.loss * accelerator.num_processes / minibatch_tokens, last=last)
+            total = outputs.loss + settings.value_coef * scale * loss.value_loss
+            backward(accelerator, engine, total, last=last)
         losses.append(loss)
     return losses

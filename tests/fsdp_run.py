@@ -5,19 +5,22 @@ Accelerate has no FSDP on CPU, so this goes to torch's `fully_shard` itself and 
 
 import sys
 
+import numpy as np
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from pipeline.models.building import build_policy_and_reference
+from pipeline.models.packing import pack
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.engine import gathered, settle
 
 TOKENS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12]])
 
 
-def outputs(policy):
-    return policy(TOKENS, torch.ones_like(TOKENS, dtype=torch.bool), 3)
+def outputs(policy, layout):
+    samples = pack(TOKENS, np.array([[2, 3], [2, 3]]), 3, layout)
+    return policy(samples, token_loss=lambda logprobs, _rows: logprobs.square())
 
 
 def main() -> None:
@@ -28,19 +31,19 @@ def main() -> None:
     for block in policy.model.transformer.h:
         fully_shard(block, mesh=mesh)
     fully_shard(policy, mesh=mesh)
-    expected = outputs(whole)
-    (expected.logprobs.sum() + expected.values.sum()).backward()
-    settle(accelerator, policy, torch.optim.SGD(policy.parameters()), lambda: outputs(policy))
+    expected = outputs(whole, whole.layout)
+    (expected.loss + expected.values.sum()).backward()
+    settle(accelerator, policy, torch.optim.SGD(policy.parameters()), lambda: outputs(policy, whole.layout))
     for _ in range(2):  # rollout and update in turn, as training does
         with torch.no_grad(), gathered(policy):
             direct = policy.model(input_ids=TOKENS).logits  # sampling goes around the engine
             torch.testing.assert_close(direct, whole.model(input_ids=TOKENS).logits)
-            torch.testing.assert_close(outputs(policy).logprobs, expected.logprobs)
+            torch.testing.assert_close(outputs(policy, whole.layout).logprobs, expected.logprobs)
         assert all(
             parameter.to_local().numel() < parameter.numel() for parameter in policy.model.transformer.h.parameters()
         )
-        found = outputs(policy)
-        (found.logprobs.sum() + found.values.sum()).backward()
+        found = outputs(policy, whole.layout)
+        (found.loss + found.values.sum()).backward()
         for (name, one), two in zip(whole.named_parameters(), policy.parameters(), strict=True):
             torch.testing.assert_close(two.grad.full_tensor(), one.grad, msg=name)
         policy.zero_grad()

@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 
 from pipeline import train
+from pipeline.runtime.engine import zero_stage
 from pipeline.trainer import PPOTrainer
 
 RECORD = Path(os.environ.get("RECORD_DIR", "."))
 PROBE = torch.arange(12).view(2, 6)
-gather, save_policy = PPOTrainer.gather, train.save_policy
+gather, save_policy, make_accelerator = PPOTrainer.gather, train.save_policy, train.make_accelerator
 rollouts = []
 
 
-def recording(self, mine):
-    rollout = gather(self, mine)
+def recording(self, *arguments):
+    rollout = gather(self, *arguments)
     rollouts.append(vars(rollout))
     torch.save(rollouts, RECORD / f"rank{self.accelerator.process_index}.pt")
     return rollout
@@ -30,6 +31,14 @@ def saving(policy, *arguments, **settings):
         torch.save(policy.model(input_ids=PROBE).logits, RECORD / "logits.pt")
 
 
+def sharding(mixed_precision):
+    accelerator = make_accelerator(mixed_precision)
+    if zero_stage(accelerator) == 3:  # DeepSpeed leaves parameters as small as the tests' on every worker
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0
+    return accelerator
+
+
 if __name__ == "__main__":
-    PPOTrainer.gather, train.save_policy = recording, saving
+    PPOTrainer.gather, train.save_policy, train.make_accelerator = recording, saving, sharding
     train.main()

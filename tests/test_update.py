@@ -8,6 +8,8 @@ from accelerate import Accelerator
 from conftest import random_causal_lm
 
 from pipeline.config import PPOSettings
+from pipeline.models.forward import position_ids
+from pipeline.models.head import token_logprobs
 from pipeline.models.policy import Policy
 from pipeline.ppo.advantages import Advantages, compute_advantages
 from pipeline.ppo.losses import ppo_loss
@@ -36,6 +38,19 @@ def fresh_policy(tokenizer) -> Policy:
     torch.manual_seed(2)
     torch.nn.init.normal_(policy.value_head.weight, std=0.1)
     return policy
+
+
+def read(policy: Policy, samples: Responses) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and values (N, R) from the padded batch as it is, by plain autograd."""
+    output = policy.model(
+        samples.tokens,
+        attention_mask=samples.mask.long(),
+        position_ids=position_ids(samples.mask),
+        output_hidden_states=True,
+    )
+    before = slice(samples.prompt_tokens.shape[1] - 1, -1)
+    logprobs = token_logprobs(output.logits[:, before], samples.response_tokens, TEMPERATURE)
+    return logprobs, policy.value_head(output.hidden_states[-1][:, before]).squeeze(-1)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +87,7 @@ def update(tokenizer, rollout, advantages):
         optimizer = torch.optim.SGD(policy.parameters(), lr=123.0)
         engine, optimizer = accelerator.prepare(policy, optimizer)
         stats = update_policy(accelerator, engine, optimizer, rollout, advantages, ppo,
-                              step=step, seed=seed, temperature=TEMPERATURE)  # fmt: skip
+                              step=step, seed=seed, temperature=TEMPERATURE, layout=policy.layout)  # fmt: skip
         return policy, stats
 
     return run
@@ -98,7 +113,7 @@ def test_a_policy_that_is_not_the_one_that_sampled_shows_in_the_first_minibatch(
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     stale = replace(rollout, logprobs=rollout.logprobs - 0.1)
     stats = update_policy(Accelerator(cpu=True), policy, optimizer, stale, advantages, settings(),
-                          step=0, seed=0, temperature=TEMPERATURE)  # fmt: skip
+                          step=0, seed=0, temperature=TEMPERATURE, layout=policy.layout)  # fmt: skip
     assert stats.first_minibatch_ratio_deviation == pytest.approx(0.105171, abs=1e-4)  # exp(0.1) - 1
 
 
@@ -108,15 +123,15 @@ def test_steps_follow_the_gradient_of_the_mean_loss_over_all_tokens(update, toke
     other, tokens = fresh_policy(tokenizer), rollout.response_mask.sum()
     losses, norms = [], []
     for _ in range(2):
-        outputs = other(rollout.tokens, rollout.mask, LENGTH, TEMPERATURE)
+        logprobs, values = read(other, rollout)
+        real = rollout.response_mask
         loss = ppo_loss(
-            outputs.logprobs,
-            outputs.values,
-            rollout.logprobs,
-            rollout.values,
-            advantages.advantages,
-            advantages.returns,
-            rollout.response_mask,
+            logprobs[real],
+            values[real],
+            rollout.logprobs[real],
+            rollout.values[real],
+            advantages.advantages[real],
+            advantages.returns[real],
             clip_range=ppo.clip_range,
             value_clip_range=ppo.value_clip_range,
             value_coef=ppo.value_coef,
@@ -168,7 +183,7 @@ def test_every_epoch_sees_every_sample_once_in_an_order_of_seed_step_and_epoch(
         seen.clear()
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
         update_policy(Accelerator(cpu=True), policy, optimizer, rollout, advantages, settings(learning_rate=1e-9),
-                      step=step, seed=seed, temperature=TEMPERATURE)  # fmt: skip
+                      step=step, seed=seed, temperature=TEMPERATURE, layout=policy.layout)  # fmt: skip
         epochs = tuple(seen[:COUNT]), tuple(seen[COUNT:])
         assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs) and epochs[0] != epochs[1]
         assert orders.setdefault((seed, step), epochs) == epochs

@@ -1,4 +1,4 @@
-"""One forward pass of any causal LM over prompt and response, read at the response only."""
+"""Reading any causal LM at the response tokens: how its parts are reached, and what a forward of samples gives."""
 
 import inspect
 from collections.abc import Iterator
@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.models.packing import Layout, Packed
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -23,54 +25,69 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def output_head(model: nn.Module) -> nn.Module:
+    """The language-model head."""
+    return causal_lm(model).get_output_embeddings()
+
+
 @contextmanager
 def captured_head_input(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what the language-model head reads: the trunk's last hidden state at the positions kept, (B, K, H).
+    """Collect what the language-model head reads: the trunk's last hidden state, final norm included.
 
-    A hook gives it for every architecture, final norm included, without keeping the other layers' hidden states.
+    A hook gives it for every architecture, without keeping the other layers' hidden states.
     """
     captured: list[Tensor] = []
-    handle = (
-        causal_lm(model)
-        .get_output_embeddings()
-        .register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))
-    )
+    handle = output_head(model).register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))
     try:
         yield captured
     finally:
         handle.remove()
 
 
-def response_logits(model: nn.Module, tokens: Tensor, mask: Tensor, response_length: int) -> tuple[Tensor, Tensor]:
-    """Logits and hidden states at the positions before each response token.
-
-    Args:
-        model: a transformers causal LM, or PEFT's wrapper of one.
-        tokens, mask: (B, P + R): left-padded prompts followed by right-padded responses.
-        response_length: R.
-
-    Returns:
-        logits (B, R, V) in the forward's type, and the head's input (B, R, H).
-    """
-    inputs = {"input_ids": tokens, "attention_mask": mask.long(), "use_cache": False}
-    if accepts(model, "position_ids"):
-        inputs["position_ids"] = position_ids(mask)
-    keep = response_length + 1  # the last position predicts what follows the response; dropped below
-    if accepts(model, "logits_to_keep"):
-        inputs["logits_to_keep"] = keep
-    with captured_head_input(model) as captured:
-        logits = model(**inputs).logits
-    return logits[:, -keep:-1], captured[0][:, -keep:-1]
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at `tokens`, in float32: logits (B, R, V), tokens (B, R) -> (B, R)."""
-    logits = logits.float() / temperature
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-
 @torch.no_grad()
-def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(logits / temperature) in nats, in float32: (B, R, V) -> (B, R)."""
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+def layout_of(model: nn.Module) -> Layout:
+    """Find out how `model` may be read by trying: two short samples, alone and in one row."""
+    lm = causal_lm(model)
+    device, vocabulary = next(lm.parameters()).device, lm.config.vocab_size
+    samples = [torch.arange(1, 4, device=device) % vocabulary, torch.arange(4, 9, device=device) % vocabulary]
+    alone = torch.cat([lm(input_ids=sample.unsqueeze(0), use_cache=False).logits[0] for sample in samples])
+    tolerance = 1e-4 if alone.dtype == torch.float32 else 2e-2
+
+    def agrees(logits: Tensor) -> bool:
+        return logits.shape == alone.shape and bool((logits - alone).abs().max() <= tolerance * alone.abs().max())
+
+    head = output_head(model)
+    plain_head = agrees(torch.cat([head(_trunk(lm, input_ids=sample.unsqueeze(0)))[0] for sample in samples]))
+    end_to_end = False
+    if accepts(model, "position_ids"):
+        positions = torch.cat([torch.arange(len(sample), device=device) for sample in samples]).unsqueeze(0)
+        row = torch.cat(samples).unsqueeze(0)
+        end_to_end = agrees(lm(input_ids=row, position_ids=positions, use_cache=False).logits[0])
+    by_mask = lm.config._attn_implementation == "sdpa"  # the others want masks of other kinds
+    window = getattr(lm.config, "sliding_window", None) or getattr(lm.config, "attention_chunk_size", None)
+    return Layout(end_to_end, (window or 2**31) if by_mask else 0, plain_head)
+
+
+def _trunk(lm: nn.Module, **inputs: Tensor) -> Tensor:
+    return lm.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+def _inputs(model: nn.Module, packed: Packed) -> dict[str, Tensor]:
+    inputs = {"input_ids": packed.tokens}
+    if packed.attention is not None:
+        inputs["attention_mask"] = packed.attention if packed.attention.ndim == 4 else packed.attention.long()
+    if accepts(model, "position_ids"):
+        inputs["position_ids"] = packed.positions
+    return inputs
+
+
+def response_states(model: nn.Module, packed: Packed) -> Tensor:
+    """The trunk's hidden states (T, H) at the positions before each response token."""
+    return _trunk(causal_lm(model), **_inputs(model, packed)).flatten(0, 1)[packed.read]
+
+
+def response_logits(model: nn.Module, packed: Packed) -> tuple[Tensor, Tensor]:
+    """Logits (T, V) and hidden states (T, H), of a model whose head is not all there is between them."""
+    with captured_head_input(model) as captured:
+        logits = model(**_inputs(model, packed), use_cache=False).logits
+    return logits.flatten(0, 1)[packed.read], captured[0].flatten(0, 1)[packed.read]

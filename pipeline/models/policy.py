@@ -1,24 +1,26 @@
 """The policy with its value head, and the frozen reference it must stay close to."""
 
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pipeline.models.forward import causal_lm, response_logits, token_entropy, token_logprobs
+from pipeline.models.forward import causal_lm, layout_of, output_head, response_logits, response_states
+from pipeline.models.head import TokenLoss, head_logprobs, head_loss, logits_logprobs, token_logprobs
 from pipeline.models.loading import REFERENCE_ADAPTER
+from pipeline.models.packing import Packed
 from pipeline.runtime.engine import gathered, shard_frozen
 
 
-@dataclass(frozen=True)
-class ResponseOutputs:
-    """What one forward says about the response tokens given; float32, meaningless on padding."""
+class ResponseOutputs(NamedTuple):  # not a dataclass: engines look for the tensors in it
+    """What one forward says about the T response tokens given, sample by sample; float32."""
 
-    logprobs: Tensor  # (B, R)
-    values: Tensor  # (B, R)
-    entropy: Tensor | None  # (B, R), when asked for
+    logprobs: Tensor  # (T,) without gradient
+    values: Tensor  # (T,)
+    entropy: Tensor | None  # (T,), when asked for
+    loss: Tensor | None  # () where a loss was asked for: the scaled sum of the tokens', with gradient
 
 
 class Policy(nn.Module):
@@ -32,25 +34,51 @@ class Policy(nn.Module):
         self.model = model
         self.config = model.config  # DeepSpeed's automatic settings read it from the engine's module
         self._no_split_modules = causal_lm(model)._no_split_modules  # FSDP shards block by block
-        hidden_size = causal_lm(model).get_output_embeddings().in_features
+        self.layout = layout_of(model)
+        hidden_size = output_head(model).in_features
         self.value_head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
     def forward(
         self,
-        tokens: Tensor,  # (B, P + R)
-        mask: Tensor,  # (B, P + R)
-        response_length: int,
+        packed: Packed,
         temperature: float = 1.0,
+        *,
         with_entropy: bool = False,
+        token_loss: TokenLoss | None = None,
+        scale: float = 1.0,
     ) -> ResponseOutputs:
-        """Log-probs and values read at the positions before each response token."""
-        logits, hidden = response_logits(self.model, tokens, mask, response_length)
-        logprobs = token_logprobs(logits, tokens[:, -response_length:], temperature)
+        """Log-probs and values read at the positions before each response token; `head_loss` has the last two."""
+        head, entropy, loss = output_head(self.model), None, None
+        if self.layout.plain_head:
+            hidden, logits = response_states(self.model, packed), None
+        else:
+            logits, hidden = response_logits(self.model, packed)
+        if token_loss is None:
+            logprobs, entropy = _logprobs(head, hidden, logits, packed, temperature, with_entropy=with_entropy)
+        elif logits is None and type(head) is nn.Linear:
+            loss, logprobs = head_loss(head, hidden, packed.targets, token_loss, temperature, scale=scale)
+        else:  # slower and larger, and right for any head
+            logprobs = token_logprobs(head(hidden) if logits is None else logits, packed.targets, temperature)
+            loss, logprobs = token_loss(logprobs, slice(0, len(logprobs))).sum() * scale, logprobs.detach()
         with torch.autocast(hidden.device.type, enabled=False):
             values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
-        return ResponseOutputs(logprobs, values, token_entropy(logits, temperature) if with_entropy else None)
+        return ResponseOutputs(logprobs, values, entropy, loss)
+
+
+def _logprobs(
+    head: nn.Module,
+    hidden: Tensor,
+    logits: Tensor | None,
+    packed: Packed,
+    temperature: float,
+    *,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    if logits is None:
+        return head_logprobs(head, hidden, packed.targets, temperature, with_entropy=with_entropy)
+    return logits_logprobs(logits.detach(), packed.targets, temperature, with_entropy=with_entropy)
 
 
 class Reference:
@@ -65,6 +93,7 @@ class Reference:
             model: a frozen causal LM; or the policy's PEFT model, which is the reference too and nothing is copied.
         """
         self._model = model
+        self.layout = layout_of(model)
         self.is_shared = hasattr(model, "disable_adapter")
         self._engine: nn.Module | None = None
 
@@ -98,9 +127,12 @@ class Reference:
             yield self._model
 
     @torch.no_grad()
-    def logprobs(self, tokens: Tensor, mask: Tensor, response_length: int, temperature: float = 1.0) -> Tensor:
-        """Log-probs of the response tokens under the reference, (B, R); arguments as in `Policy.forward`."""
+    def logprobs(self, packed: Packed, temperature: float = 1.0) -> Tensor:
+        """Log-probs (T,) of the response tokens under the reference."""
         # A sharded reference gathers its layers one by one here: it need never stand whole beside a gathered policy.
         with nullcontext(self._model) if self._engine is not None else self.activated() as model:
-            logits, _ = response_logits(model, tokens, mask, response_length)
-        return token_logprobs(logits, tokens[:, -response_length:], temperature)
+            if self.layout.plain_head:
+                hidden, logits = response_states(model, packed), None
+            else:
+                logits, hidden = response_logits(model, packed)
+            return _logprobs(output_head(model), hidden, logits, packed, temperature)[0]

@@ -1,12 +1,15 @@
 """One batch of experience: sample responses, then read log-probs, values and reference log-probs."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.prompts import PromptBatch
+from pipeline.models.packing import Layout, Packed, pack
 from pipeline.models.policy import Policy, Reference
 from pipeline.rollout.decoding import decode
 from pipeline.rollout.sampling import SamplingOptions
@@ -28,6 +31,10 @@ class Responses:
     @property
     def mask(self) -> Tensor:  # (N, P + R)
         return torch.cat([self.prompt_mask, self.response_mask], 1)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each prompt and each response, (N, 2), on the host: waits for the device."""
+        return torch.stack([self.prompt_mask.sum(1), self.response_mask.sum(1)], 1).cpu().numpy()
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -84,31 +91,30 @@ def policy_outputs(
     policy: Policy, responses: Responses, *, temperature: float, microbatch_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs, values and entropy of the responses under the policy, each (n, R), zero on padding."""
-    length = responses.response_tokens.shape[1]
-    outputs = [
-        policy(tokens, mask, length, temperature, with_entropy=True)
-        for tokens, mask in _microbatches(responses, microbatch_size)
-    ]
-    return tuple(
-        torch.cat([getattr(output, name) for output in outputs]).masked_fill(~responses.response_mask, 0.0)
-        for name in ("logprobs", "values", "entropy")
-    )
+    parts = []
+    for packed in _microbatches(responses, policy.layout, microbatch_size):
+        outputs = policy(packed, temperature, with_entropy=True)
+        parts.append([packed.unpack(x) for x in (outputs.logprobs, outputs.values, outputs.entropy)])
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def reference_logprobs(
     reference: Reference, responses: Responses, *, temperature: float, microbatch_size: int
 ) -> Tensor:
     """Log-probs of the responses under the reference, (n, R), zero on padding."""
-    length = responses.response_tokens.shape[1]
-    parts = [
-        reference.logprobs(tokens, mask, length, temperature)
-        for tokens, mask in _microbatches(responses, microbatch_size)
-    ]
-    return torch.cat(parts).masked_fill(~responses.response_mask, 0.0)
+    return torch.cat(
+        [
+            packed.unpack(reference.logprobs(packed, temperature))
+            for packed in _microbatches(responses, reference.layout, microbatch_size)
+        ]
+    )
 
 
-def _microbatches(responses: Responses, size: int):
-    return zip(responses.tokens.split(size), responses.mask.split(size), strict=True)
+def _microbatches(responses: Responses, layout: Layout, size: int) -> Iterator[Packed]:
+    lengths = responses.lengths()
+    for start in range(0, len(responses), size):
+        part = slice(start, start + size)
+        yield pack(responses.tokens[part], lengths[part], responses.response_tokens.shape[1], layout)
 
 
 def response_texts(responses: Responses, prompt_texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -5,7 +5,7 @@ would round the policy's weights and make the first ratio differ from 1.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -83,8 +83,13 @@ def prepare_engine(
     microbatch_size: int,
     microbatches: int,
     max_grad_norm: float,
+    outside: Iterable[nn.Parameter],
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Wrap policy and optimiser; sizes per worker and optimiser step come from the run, never from a DeepSpeed file."""
+    """Wrap policy and optimiser; sizes per worker and optimiser step come from the run, never from a DeepSpeed file.
+
+    `outside` are parameters that the policy's forward reads itself, not through the module that owns them: ZeRO-3
+    gathers no others with the policy.
+    """
     if is_deepspeed(accelerator):
         accelerator.state.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=microbatch_size,
@@ -93,6 +98,11 @@ def prepare_engine(
             zero_force_ds_cpu_optimizer=False,  # torch's fused Adam needs no compiler at the start
         )
         accelerator.gradient_accumulation_steps = microbatches
+    if zero_stage(accelerator) == 3:
+        import deepspeed
+
+        for parameter in outside:
+            deepspeed.zero.register_external_parameter(policy, parameter)
     return accelerator.prepare(policy, optimizer)
 
 
@@ -108,7 +118,7 @@ def settle(
     if isinstance(engine, (nn.parallel.DistributedDataParallel, FSDPModule)):
         with autocast(accelerator):
             outputs = forward()
-        accelerator.backward(0.0 * (outputs.logprobs.sum() + outputs.values.sum()))
+        accelerator.backward(0.0 * (outputs.loss + outputs.values.sum()))
         optimizer.zero_grad(set_to_none=True)
 
 

@@ -1,5 +1,6 @@
 """What is saved loads with plain transformers and PEFT and says the same."""
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -7,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pipeline.models.building import build_policy_and_reference, load_tuned
 from pipeline.models.loading import LoraSettings, ModelError, load_tokenizer
+from pipeline.models.packing import pack
 from pipeline.models.policy import Policy
 from pipeline.models.saving import load_value_head, save_policy
 
@@ -80,12 +82,13 @@ def test_generation_settings_and_tokenizer_are_there(saved, tokenizer):
 def test_load_tuned_brings_back_policy_and_reference(saved, tiny_lm):
     kind, policy, folder = saved
     tuned, reference = load_tuned(tiny_lm, folder, use_peft=kind == "lora", device="cpu")
-    arguments = (TOKENS, torch.ones_like(TOKENS).bool(), 3)
+    count, total = TOKENS.shape
+    samples = pack(TOKENS, np.array([[total - 3, 3]] * count), 3, policy.layout)
     with torch.no_grad():
-        loaded, original = tuned(*arguments), policy(*arguments)
+        loaded, original = tuned(samples), policy(samples)
     assert torch.equal(loaded.logprobs, original.logprobs) and torch.equal(loaded.values, original.values)
     _, base = build_policy_and_reference(tiny_lm, lora=None, device="cpu")
-    assert torch.equal(reference.logprobs(*arguments), base.logprobs(*arguments))
+    assert torch.equal(reference.logprobs(samples), base.logprobs(samples))
     assert not tuned.training
 
 

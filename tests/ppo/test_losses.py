@@ -4,9 +4,8 @@ import independent
 import pytest
 import torch
 from independent import ragged
-from padded import assert_equals_rows, mask_of, padded
 
-from pipeline.ppo.losses import ppo_loss
+from pipeline.ppo.losses import policy_losses, ppo_loss
 
 CLIPS = {"clip_range": 0.2, "value_clip_range": 0.3, "value_coef": 0.7}
 STATS = (
@@ -20,7 +19,6 @@ STATS = (
     "ratio_max",
     "ratio_deviation",
 )
-GARBAGE = (float("nan"), float("inf"), -float("inf"), 1e30)
 
 
 def batch(seed: int) -> list[independent.Rows]:
@@ -35,14 +33,16 @@ def batch(seed: int) -> list[independent.Rows]:
     return [logprobs, values, old_logprobs, old_values, ragged(seed + 4), ragged(seed + 5)]
 
 
+def flat(rows: independent.Rows) -> torch.Tensor:
+    return torch.tensor([x for row in rows for x in row], dtype=torch.float64)
+
+
 def one_token(logprob=0.0, value=0.0, old_logprob=0.0, old_value=0.0, advantage=0.0, ret=0.0):
     """The loss of a single token, with the gradients of log-prob and value."""
-    tensors = [
-        torch.tensor([[x]], dtype=torch.float64) for x in (logprob, value, old_logprob, old_value, advantage, ret)
-    ]
+    tensors = [torch.tensor([x], dtype=torch.float64) for x in (logprob, value, old_logprob, old_value, advantage, ret)]
     tensors[0].requires_grad_()
     tensors[1].requires_grad_()
-    result = ppo_loss(*tensors, torch.tensor([[True]]), **CLIPS)
+    result = ppo_loss(*tensors, **CLIPS)
     result.loss.backward()
     return result, tensors[0].grad.item(), tensors[1].grad.item()
 
@@ -51,15 +51,15 @@ def one_token(logprob=0.0, value=0.0, old_logprob=0.0, old_value=0.0, advantage=
 def test_losses_statistics_and_gradients_equal_the_independent_implementation(seed):
     rows = batch(seed)
     expected = independent.ppo(*rows, **CLIPS)
-    logprobs, values, *others = (padded(r) for r in rows)
+    logprobs, values, *others = (flat(r) for r in rows)
     logprobs.requires_grad_()
     values.requires_grad_()
-    result = ppo_loss(logprobs, values, *others, mask_of(rows[0]), **CLIPS)
+    result = ppo_loss(logprobs, values, *others, **CLIPS)
     for name in STATS:
         assert getattr(result, name).item() == pytest.approx(expected[name], rel=1e-9), name
     result.loss.backward()
-    assert_equals_rows(logprobs.grad, expected["logprob_gradient"])
-    assert_equals_rows(values.grad, expected["value_gradient"])
+    torch.testing.assert_close(logprobs.grad, flat(expected["logprob_gradient"]), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(values.grad, flat(expected["value_gradient"]), rtol=1e-10, atol=1e-10)
 
 
 def test_the_random_batches_clip_some_tokens_and_not_others():
@@ -72,10 +72,9 @@ def test_the_random_batches_clip_some_tokens_and_not_others():
 @pytest.mark.parametrize("seed", (0, 10))
 def test_gradients_equal_finite_differences(seed):
     rows = batch(seed)
-    logprobs, values, *others = (padded(r) for r in rows)
-    mask = mask_of(rows[0])
+    logprobs, values, *others = (flat(r) for r in rows)
     assert torch.autograd.gradcheck(
-        lambda a, b: ppo_loss(a, b, *others, mask, **CLIPS).loss,
+        lambda a, b: ppo_loss(a, b, *others, **CLIPS).loss,
         (logprobs.requires_grad_(), values.requires_grad_()),
         eps=1e-7,
         atol=1e-5,
@@ -113,18 +112,15 @@ def test_value_loss_by_hand():
 
 def test_values_within_the_range_are_never_counted_as_clipped():
     draw = torch.Generator().manual_seed(0)
-    old, values = (0.05 * torch.randn(16, 64, generator=draw).clamp(-2, 2) for _ in range(2))  # at most 0.2 apart
-    zeros, mask = torch.zeros(16, 64), torch.ones(16, 64, dtype=torch.bool)
-    returns = 0.3 * torch.randn(16, 64, generator=draw)
-    result = ppo_loss(zeros, values, zeros, old, zeros, returns, mask, **CLIPS)
+    old, values = (0.05 * torch.randn(1024, generator=draw).clamp(-2, 2) for _ in range(2))  # at most 0.2 apart
+    zeros, returns = torch.zeros(1024), 0.3 * torch.randn(1024, generator=draw)
+    result = ppo_loss(zeros, values, zeros, old, zeros, returns, **CLIPS)
     assert result.value_clipped == 0
 
 
 def test_ratio_statistics_by_hand():
-    ratios = torch.tensor([[2.0, 0.5, 1.0], [1.25, 100.0, 100.0]])
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    zeros = torch.zeros(2, 3)
-    result = ppo_loss(ratios.log(), zeros, zeros, zeros, zeros, zeros, mask, **CLIPS)
+    ratios, zeros = torch.tensor([2.0, 0.5, 1.0, 1.25]), torch.zeros(4)
+    result = ppo_loss(ratios.log(), zeros, zeros, zeros, zeros, zeros, **CLIPS)
     assert result.ratio.item() == pytest.approx(4.75)
     assert result.ratio_max.item() == pytest.approx(2)
     assert result.ratio_deviation.item() == pytest.approx(1)
@@ -138,39 +134,27 @@ def test_deviation_sees_ratios_below_one():
     assert result.ratio_max.item() == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("garbage", GARBAGE)
-def test_what_stands_on_padding_changes_neither_losses_nor_gradients(garbage):
-    rows = batch(0)
-    mask = mask_of(rows[0])
-    results, gradients = [], []
-    for fill in (0.0, garbage):
-        logprobs, values, *others = (padded(r, fill) for r in rows)
-        logprobs.requires_grad_()
-        values.requires_grad_()
-        results.append(ppo_loss(logprobs, values, *others, mask, **CLIPS))
-        results[-1].loss.backward()
-        gradients.append((logprobs.grad, values.grad))
-    for name in STATS:
-        assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
-    assert torch.equal(gradients[0][0], gradients[1][0])
-    assert torch.equal(gradients[0][1], gradients[1][1])
-
-
 def test_microbatches_add_up_to_the_minibatch():
-    rows = batch(20)
-    whole = ppo_loss(*(padded(r) for r in rows), mask_of(rows[0]), **CLIPS)
-    width = max(map(len, rows[0]))
-    tensors = [padded([*r, [0.0] * width])[:-1] for r in rows]
-    mask = mask_of(rows[0])
-    parts = [ppo_loss(*(x[i] for x in tensors), mask[i], **CLIPS) for i in (slice(0, 1), slice(1, 4), slice(4, 6))]
+    tensors = [flat(r) for r in batch(20)]
+    whole = ppo_loss(*tensors, **CLIPS)
+    parts = [ppo_loss(*(x[i] for x in tensors), **CLIPS) for i in (slice(0, 1), slice(1, 9), slice(9, None))]
     for name in STATS[:7]:
         assert sum(getattr(p, name).item() for p in parts) == pytest.approx(getattr(whole, name).item()), name
     assert max(p.ratio_max for p in parts) == whole.ratio_max
 
 
-def test_only_the_loss_carries_a_gradient():
+def test_the_policy_loss_is_the_sum_of_the_tokens_own():
+    logprobs, _, old_logprobs, _, advantages, _ = (flat(r) for r in batch(10))
+    whole = ppo_loss(*(flat(r) for r in batch(10)), **CLIPS)
+    assert policy_losses(logprobs, old_logprobs, advantages, 0.2).sum().item() == pytest.approx(
+        whole.policy_loss.item()
+    )
+
+
+def test_only_the_losses_with_a_part_in_the_update_carry_a_gradient():
     rows = batch(0)
-    logprobs, values, *others = (padded(r) for r in rows)
-    result = ppo_loss(logprobs.requires_grad_(), values.requires_grad_(), *others, mask_of(rows[0]), **CLIPS)
+    logprobs, values, *others = (flat(r) for r in rows)
+    result = ppo_loss(logprobs.requires_grad_(), values.requires_grad_(), *others, **CLIPS)
     assert result.loss.requires_grad
-    assert not any(getattr(result, name).requires_grad for name in STATS[1:])
+    assert result.value_loss.requires_grad
+    assert not any(getattr(result, name).requires_grad for name in STATS if name not in ("loss", "value_loss"))

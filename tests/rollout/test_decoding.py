@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import SHAPES, random_causal_lm
 
-from pipeline.models.forward import response_logits
+from pipeline.models.forward import position_ids
 from pipeline.rollout.decoding import decode
 from pipeline.rollout.sampling import SamplingOptions
 
@@ -92,7 +92,9 @@ def test_decoding_in_bfloat16_follows_the_forward_over_the_whole_sequence(archit
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         tokens, mask = run(model, greedy=True)
         whole = torch.cat([MASK, mask], 1)
-        logits, _ = response_logits(model, torch.cat([PROMPTS, tokens], 1), whole, LENGTH)
+        logits = model(
+            torch.cat([PROMPTS, tokens], 1), attention_mask=whole.long(), position_ids=position_ids(whole)
+        ).logits[:, PROMPTS.shape[1] - 1 : -1]
     chosen = logits.float().gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     assert (logits.float().amax(-1) - chosen)[mask].max() < 0.25  # the two differ by rounding only
 

@@ -1,0 +1,164 @@
+"""From hidden states to log-probs and their loss, a chunk of the tokens at a time.
+
+Logits are the largest tensor of all: tokens x vocabulary. They are made, used and dropped chunk by chunk; the loss's
+gradient with respect to the hidden states and the head's weight is taken in the same pass, since PPO's policy loss of a
+token needs nothing but that token's log-prob. (Liger Kernel does the same for cross entropy: Hsu et al. 2024.)
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_BYTES = 2**27  # of float32 logits
+CACHED_BYTES = 2**22  # of them at once while a CPU works through a chunk
+
+# From log-probs (t,) and where they stand among all T to the loss of each token (t,).
+TokenLoss = Callable[[Tensor, slice], Tensor]
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at `tokens`, in float32: logits (…, V), tokens (…) -> (…)."""
+    logits = logits.float() / temperature
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+@torch.no_grad()
+def head_logprobs(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float = 1.0, *, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs (T,) of `targets` (T,) and, when asked for, the entropy (T,) in nats; both float32.
+
+    Args:
+        head: the language-model head, called as a module, so that sharded weights are gathered for it.
+        hidden: (T, H).
+    """
+    logprobs = torch.empty(len(hidden), device=hidden.device)
+    entropy = torch.empty_like(logprobs) if with_entropy else None
+    for chunk in _slices(len(hidden), head.out_features, CHUNK_BYTES):
+        logits = head(hidden[chunk])
+        logprobs[chunk], chunk_entropy = logits_logprobs(logits, targets[chunk], temperature, with_entropy=with_entropy)
+        if with_entropy:
+            entropy[chunk] = chunk_entropy
+    return logprobs, entropy
+
+
+def logits_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, *, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and entropy as `head_logprobs`, from logits (T, V) that are there already. No gradient."""
+    logprobs = torch.empty(len(logits), device=logits.device)
+    entropy = torch.empty_like(logprobs) if with_entropy else None
+    for rows in _cached_rows(logits):
+        scaled = logits[rows].float() / temperature
+        normaliser = scaled.logsumexp(-1)
+        logprobs[rows] = scaled.gather(1, targets[rows].unsqueeze(1)).squeeze(1) - normaliser
+        if with_entropy:
+            probabilities = (scaled - normaliser.unsqueeze(1)).exp_()
+            entropy[rows] = normaliser - probabilities.mul_(scaled).sum(1)
+    return logprobs, entropy
+
+
+def head_loss(
+    head: nn.Linear,
+    hidden: Tensor,
+    targets: Tensor,
+    token_loss: TokenLoss,
+    temperature: float = 1.0,
+    *,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`scale` times the sum of the tokens' losses, with gradient, and their log-probs (T,), without.
+
+    Nothing of the size T x V outlives the call.
+
+    Args:
+        head: its weight (V, H) is used itself.
+        hidden: (T, H).
+        token_loss: the loss of each token as a function of its log-prob.
+        scale: applied after the matrix products, which in half precision want gradients that are not tiny.
+    """
+    return _HeadLoss.apply(hidden, head.weight, head.bias, targets, token_loss, temperature, scale)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, token_loss, temperature, scale):
+        device = hidden.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            states, matrix = hidden.to(compute), weight.to(compute)
+            hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+            weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+            bias_gradient = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+            logprobs = torch.empty(len(hidden), device=hidden.device)
+            loss = torch.zeros((), device=hidden.device)
+            for number, chunk in enumerate(_slices(len(hidden), len(weight), CHUNK_BYTES)):
+                logits = states[chunk] @ matrix.T
+                if bias is not None:
+                    logits += bias.to(compute)
+                logprobs[chunk], chunk_loss, gradient = _chunk_loss(
+                    logits, targets[chunk], token_loss, chunk.start, temperature
+                )
+                loss += chunk_loss
+                if hidden_gradient is not None:
+                    torch.mul(gradient @ matrix, scale, out=hidden_gradient[chunk])
+                if weight_gradient is not None:
+                    _accumulate(weight_gradient, gradient, states[chunk], scale, first=number == 0)
+                if bias_gradient is not None:
+                    bias_gradient += gradient.sum(0, dtype=torch.float32) * scale
+        ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
+        ctx.mark_non_differentiable(logprobs)
+        return loss * scale, logprobs
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_logprobs):
+        hidden, weight, bias = ctx.saved_tensors
+        # On CPU one is found out for nothing, and a pass over the weight's gradient saved.
+        scaled = grad_loss.device.type != "cpu" or grad_loss.item() != 1.0
+        gradients = (None if g is None else (g.mul_(grad_loss) if scaled else g) for g in (hidden, weight, bias))
+        return *gradients, None, None, None, None
+
+
+def _chunk_loss(
+    logits: Tensor, targets: Tensor, token_loss: TokenLoss, start: int, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs (t,), the sum of their losses, and its gradient (t, V) in the logits' type and place."""
+    logprobs = torch.empty(len(logits), device=logits.device)
+    loss = torch.zeros((), device=logits.device)
+    gradient = logits
+    for rows in _cached_rows(logits):
+        distribution = (logits[rows].float() / temperature).log_softmax(-1)
+        target = targets[rows].unsqueeze(1)
+        logprobs[rows] = distribution.gather(1, target).squeeze(1)
+        with torch.enable_grad():
+            leaf = logprobs[rows].clone().requires_grad_()
+            row_loss = token_loss(leaf, slice(start + rows.start, start + rows.stop)).sum()
+            (slope,) = torch.autograd.grad(row_loss, leaf)
+        loss += row_loss.detach()
+        # d logprob / d logits = (one at the target - softmax) / temperature
+        slope = (slope / temperature).unsqueeze(1)
+        distribution.exp_().mul_(-slope).scatter_add_(1, target, slope)
+        gradient[rows] = distribution
+    return logprobs, loss, gradient
+
+
+def _accumulate(total: Tensor, gradient: Tensor, states: Tensor, scale: float, *, first: bool) -> None:
+    """total (V, H) += scale * gradient (t, V)^T states (t, H); the first call sets it."""
+    if gradient.dtype == total.dtype:
+        torch.addmm(total, gradient.T, states, beta=0.0 if first else 1.0, alpha=scale, out=total)
+    elif first:
+        torch.mul(gradient.T @ states, scale, out=total)
+    else:
+        total.add_(gradient.T @ states, alpha=scale)
+
+
+def _slices(count: int, vocabulary: int, bytes_at_once: int) -> Iterator[slice]:
+    size = max(1, bytes_at_once // (4 * vocabulary))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _cached_rows(logits: Tensor) -> Iterator[slice]:
+    """Rows a CPU works on at a time, few enough to stay in its cache; a GPU takes all at once."""
+    count, vocabulary = logits.shape
+    return _slices(count, vocabulary, CACHED_BYTES if logits.device.type == "cpu" else 4 * vocabulary * max(1, count))
