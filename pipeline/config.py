@@ -178,6 +178,9 @@ class RunSettings(Checked):
     )
     evaluation_prompts: int = setting(512, "Held-out prompts of the comparison before/after; 0 skips it.")
     samples_every_steps: int = setting(10, "Steps between samples shown on the console and logged.")
+    profile: int = setting(
+        0, "PPO step (from 1) to profile: a trace and the ten heaviest operations in output_dir/profile; 0: none."
+    )
     report_to: Literal["none", "wandb"] = setting("none", "Tracker beside the console and metrics.jsonl.")
     wandb_project: str = setting("rlhf-ppo", "Project of the wandb run.")
 
@@ -188,6 +191,7 @@ class RunSettings(Checked):
         require(self.keep_last > 0, "keep_last", self.keep_last, "must be positive")
         require(self.resume != "", "resume", self.resume, "must be auto, never or a path")
         require(self.evaluation_prompts >= 0, "evaluation_prompts", self.evaluation_prompts, "must not be negative")
+        require(self.profile >= 0, "profile", self.profile, "must be a step, from 1, or 0 for none")
         require(self.samples_every_steps > 0, "samples_every_steps", self.samples_every_steps, "must be positive")
 
 

@@ -161,7 +161,7 @@ def _side(
     )
     options = {"temperature": rollout.temperature, "microbatch_size": rollout.rollout_microbatch_size}
     with autocast(accelerator), torch.no_grad():
-        responses = sample_responses(
+        responses, _ = sample_responses(
             model,
             prompts.slice(mine.start, mine.stop),
             uniforms[mine],
@@ -172,7 +172,7 @@ def _side(
             options=sampling_options(config),
         )
         ref_logprobs = reference_logprobs(reference, responses, **options)
-        logprobs = ref_logprobs if policy is None else policy_outputs(policy, responses, **options)[0]
+        logprobs = ref_logprobs if policy is None else policy_outputs(policy, responses, **options).logprobs
     texts = response_texts(responses, prompts.text[mine], tokenizer)
     measures = all_or_none(accelerator, lambda: checked_measures(reward, prompts.text[mine], texts))
     local = _Side(

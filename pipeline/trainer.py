@@ -4,7 +4,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -22,19 +22,22 @@ from pipeline.ppo.advantages import Advantages, compute_advantages
 from pipeline.ppo.kl import adapted_kl_coef, kl_estimate
 from pipeline.rewards.protocol import Reward, checked_scores
 from pipeline.rewards.scaling import RunningMoments, shaped_scores
+from pipeline.rollout.decoding import DecodeGraphs
 from pipeline.rollout.rollout import (
+    PolicyOutputs,
     Responses,
     Rollout,
-    policy_outputs,
+    Scored,
     reference_logprobs,
     response_texts,
     sample_responses,
 )
 from pipeline.rollout.sampling import SamplingOptions, sampling_noise
 from pipeline.runtime.distributed import agreed_signal, all_or_none, gather_fields, peak_memory_gigabytes, share
-from pipeline.runtime.engine import autocast, gathered, prepare_engine, settle
+from pipeline.runtime.engine import autocast, gathered, precision, prepare_engine, settle, strategy
+from pipeline.runtime.profiling import profiled
 from pipeline.runtime.signals import StopRequest
-from pipeline.update import UpdateStats, learning_rate_at, update_policy
+from pipeline.update import UpdateStats, first_epoch_outputs, learning_rate_at, update_policy
 
 # What the trainer tells its caller after each step: (step from 0, metrics, raw scores (N,), sample rows).
 SampleRows = list[tuple[str, str, float]]
@@ -88,6 +91,9 @@ class PPOTrainer:
         self.tokenizer = tokenizer
         self.openings = openings
         self.config = config
+        # Decoding token by token equals a forward over the whole to float32's rounding, and not to bfloat16's.
+        self.keeps_outputs = precision(accelerator) == "no"
+        self.graphs = DecodeGraphs() if strategy(accelerator) in ("single", "ddp") else None
         self.kl_coef = ppo.kl_coef
         self.moments = RunningMoments() if config.reward.reward_scaling else None
         self.stop = stop
@@ -120,16 +126,16 @@ class PPOTrainer:
         """
         for step in range(self.finished, self.config.ppo.steps):
             self._seconds.clear()
-            with self._timed("step"):
+            with self._profiled(step + 1), self._timed("step"):
                 prompts = self.draw_prompts(step)
                 with gathered(self.engine):
                     with self._timed("sample"):
-                        responses = self.sample(step, prompts)
+                        responses, outputs = self.sample(step, prompts)
+                    with self._timed("reference"):
+                        ref_logprobs = self.reference_logprobs(responses)
                     with self._timed("score"):
                         scores = self.score(prompts, responses)
-                    with self._timed("forward"):
-                        mine = self.read(responses, scores)
-                rollout = self.gather(mine)
+                    rollout = self.gather(step, responses, ref_logprobs, scores, outputs)
                 advantages = self.advantages(rollout)
                 with self._timed("update"):
                     stats = self.update(step, rollout, advantages)
@@ -160,8 +166,8 @@ class PPOTrainer:
             seed=self.config.run.seed,
         )
 
-    def sample(self, step: int, prompts: PromptBatch) -> Responses:
-        """This worker's share of the responses."""
+    def sample(self, step: int, prompts: PromptBatch) -> tuple[Responses, PolicyOutputs | None]:
+        """This worker's share of the responses; in float32 the policy's log-probs and values of them as well."""
         rollout, seed = self.config.rollout, self.config.run.seed
         mine = share(self.accelerator, len(prompts))
         uniforms, lengths = sampling_noise(
@@ -177,6 +183,8 @@ class PPOTrainer:
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
                 options=sampling_options(self.config),
+                value_head=self.policy.value_head if self.keeps_outputs else None,
+                graphs=self.graphs,
             )
 
     def score(self, prompts: PromptBatch, responses: Responses) -> Tensor:
@@ -184,22 +192,43 @@ class PPOTrainer:
         mine = share(self.accelerator, len(prompts))
         texts = prompts.text[mine]
         continuations = response_texts(responses, texts, self.tokenizer)
-        scores = all_or_none(self.accelerator, lambda: checked_scores(self.reward, texts, continuations))
+        with autocast(self.accelerator):
+            scores = all_or_none(self.accelerator, lambda: checked_scores(self.reward, texts, continuations))
         return scores.to(self.accelerator.device)
 
-    def read(self, responses: Responses, scores: Tensor) -> Rollout:
-        """This worker's responses with log-probs, values, entropy and reference log-probs."""
+    def reference_logprobs(self, responses: Responses) -> Tensor:
+        """Log-probs (n, R) of this worker's responses under the reference."""
         rollout = self.config.rollout
-        options = {"temperature": rollout.temperature, "microbatch_size": rollout.rollout_microbatch_size}
         with autocast(self.accelerator):
-            logprobs, values, entropy = policy_outputs(self.policy, responses, **options)
-            ref_logprobs = reference_logprobs(self.reference, responses, **options)
-        return Rollout(**vars(responses), logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
-                       entropy=entropy, scores=scores)  # fmt: skip
+            return reference_logprobs(
+                self.reference,
+                responses,
+                temperature=rollout.temperature,
+                microbatch_size=rollout.rollout_microbatch_size,
+            )
 
-    def gather(self, mine: Rollout) -> Rollout:
-        """The global rollout batch, in the order of the prompts, on every worker."""
-        return gather_fields(self.accelerator, mine)
+    def gather(
+        self, step: int, responses: Responses, ref_logprobs: Tensor, scores: Tensor, outputs: PolicyOutputs | None
+    ) -> Rollout:
+        """The global rollout batch, in the order of the prompts, on every worker.
+
+        Where sampling kept no outputs of the policy, they are read here: by each worker those it will train on first.
+        """
+        scored = gather_fields(self.accelerator, Scored(**vars(responses), ref_logprobs=ref_logprobs, scores=scores))
+        if outputs is not None:
+            outputs = gather_fields(self.accelerator, outputs)
+        else:
+            with self._timed("forward"), autocast(self.accelerator):
+                outputs = first_epoch_outputs(
+                    self.accelerator,
+                    self.policy,
+                    scored,
+                    self.config.ppo,
+                    step=step,
+                    seed=self.config.run.seed,
+                    temperature=self.config.rollout.temperature,
+                )
+        return Rollout(**vars(scored), **vars(outputs))
 
     def advantages(self, rollout: Rollout) -> Advantages:
         """Rewards with the KL penalty, GAE, whitening over the global batch."""
@@ -261,6 +290,11 @@ class PPOTrainer:
         responses = response_texts(some, prompts.text[:count], self.tokenizer)
         return list(zip(prompts.text[:count], responses, some.scores.tolist(), strict=True))
 
+    def _profiled(self, step: int) -> AbstractContextManager[None]:
+        if step != self.config.run.profile or not self.accelerator.is_main_process:
+            return nullcontext()
+        return profiled(self.config.output_dir / "profile", step)
+
     def _settle(self) -> None:
         tokens = torch.zeros(1, 3, dtype=torch.long, device=self.accelerator.device)
         packed = pack(tokens, np.array([[1, 2]]), 2, self.policy.layout)
@@ -290,7 +324,8 @@ class PPOTrainer:
 MEMORY_SETTINGS = {
     "sample": "rollout_microbatch_size",
     "score": "reward_batch_size",
-    "forward": "rollout_microbatch_size",
+    "reference": "rollout_microbatch_size",
+    "forward": "microbatch_size",
     "update": "microbatch_size",
 }
 

@@ -1,6 +1,6 @@
 """The policy update: epochs of minibatches over one rollout batch, each minibatch one optimiser step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from pipeline.config import PPOSettings
 from pipeline.models.packing import Layout, pack
+from pipeline.models.policy import Policy
 from pipeline.ppo.advantages import Advantages
 from pipeline.ppo.losses import PPOLoss, policy_losses, ppo_loss
-from pipeline.rollout.rollout import Rollout
-from pipeline.runtime.distributed import reduce_stats, share
+from pipeline.rollout.rollout import PolicyOutputs, Responses, Rollout, concatenated
+from pipeline.runtime.distributed import gather_fields, reduce_stats, share
 from pipeline.runtime.engine import accumulating, backward, optimizer_step
 from pipeline.runtime.randomness import generator
 
@@ -71,7 +72,7 @@ def update_policy(
     gradient_norm = torch.zeros((), device=device)
     tokens_seen = epochs = optimizer_steps = 0
     for epoch in range(settings.ppo_epochs):
-        order = generator(seed, f"minibatches of epoch {epoch}", step).permutation(len(rollout))
+        order = _permutation(seed, epoch, step, len(rollout))
         epoch_sums = torch.zeros_like(sums)
         for start in range(0, len(order), settings.minibatch_size):
             minibatch = order[start : start + settings.minibatch_size]
@@ -112,6 +113,45 @@ def update_policy(
         epochs=epochs,
         optimizer_steps=optimizer_steps,
     )
+
+
+@torch.no_grad()
+def first_epoch_outputs(
+    accelerator: Accelerator,
+    policy: Policy,
+    responses: Responses,
+    settings: PPOSettings,
+    *,
+    step: int,
+    seed: int,
+    temperature: float,
+) -> PolicyOutputs:
+    """What the policy says of the global batch, read in the first epoch's own microbatches of PPO step `step`.
+
+    The update's first forward then repeats one of these with the same rows, so the first ratio is 1 also where rounding
+    depends on them (bfloat16). Each worker reads its share; the result is gathered.
+    """
+    lengths = responses.lengths()
+    order = _permutation(seed, 0, step, len(responses))
+    parts = []
+    for start in range(0, len(order), settings.minibatch_size):
+        minibatch = order[start : start + settings.minibatch_size]
+        mine = minibatch[share(accelerator, len(minibatch))]
+        for first in range(0, len(mine), settings.microbatch_size):
+            index = mine[first : first + settings.microbatch_size]
+            tokens = responses.tokens[torch.from_numpy(index).to(responses.tokens.device)]
+            packed = pack(tokens, lengths[index], responses.response_tokens.shape[1], policy.layout)
+            outputs = policy(packed, temperature, with_entropy=True)
+            read = (outputs.logprobs, outputs.values, outputs.entropy)
+            parts.append(PolicyOutputs(*(packed.unpack(x) for x in read)))
+    gathered = gather_fields(accelerator, concatenated(parts))
+    minibatches = order.reshape(-1, accelerator.num_processes, settings.minibatch_size // accelerator.num_processes)
+    place = torch.from_numpy(np.argsort(minibatches.swapaxes(0, 1).ravel())).to(responses.tokens.device)
+    return PolicyOutputs(*(getattr(gathered, field.name)[place] for field in fields(gathered)))
+
+
+def _permutation(seed: int, epoch: int, step: int, count: int) -> np.ndarray:
+    return generator(seed, f"minibatches of epoch {epoch}", step).permutation(count)
 
 
 def _backward(

@@ -81,6 +81,15 @@ def tiny_lm(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="session")
+def untied_lm(tmp_path_factory, tokenizer):
+    """The folder of a saved tiny Llama, whose head and embedding are two."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    random_causal_lm("llama", tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_classifier(tmp_path_factory, reviews):
     """The folder of a saved tiny DistilBERT with the labels NEGATIVE and POSITIVE."""
     folder = tmp_path_factory.mktemp("models") / "tiny-distilbert"

@@ -34,7 +34,7 @@ REQUIRED = {
     "ppo/gradient_norm",
     "time/sample_seconds",
     "time/score_seconds",
-    "time/forward_seconds",
+    "time/reference_seconds",
     "time/update_seconds",
     "time/step_seconds",
     "throughput/samples_per_second",
@@ -49,6 +49,7 @@ def finished(tmp_path_factory):
     run = tmp_path_factory.mktemp("end_to_end") / "quickstart"
     argv = ["train", "--config", str(ROOT / "recipes/quickstart.yaml"), "--output_dir", str(run)]
     argv += ["--steps", "10", "--rollout_batch_size", "256", "--minibatch_size", "64", "--evaluation_prompts", "128"]
+    argv += ["--profile", "2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", argv)
@@ -70,6 +71,11 @@ def test_every_promised_metric_is_logged_and_the_first_minibatch_is_on_policy(fi
         assert set(step) >= REQUIRED
         assert step["ppo/first_minibatch_ratio_deviation"] < 1e-4
     assert steps[0]["kl/sequence_k1"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_step_that_was_to_be_profiled_left_its_trace_and_table(finished):
+    assert sorted(path.name for path in (finished / "profile").iterdir()) == ["step_2.json", "step_2.txt"]
+    assert "aten::" in (finished / "profile/step_2.txt").read_text()
 
 
 def test_the_saved_model_loads_with_plain_transformers_and_continues_a_prompt(finished):

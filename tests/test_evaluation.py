@@ -166,7 +166,7 @@ def test_perplexity_and_kl_are_those_of_plain_transformers(trained, tiny_lm, mon
     monkeypatch.setattr(evaluation, "sample_responses", recording)
     figures = evaluated(trained).figures
     original = AutoModelForCausalLM.from_pretrained(tiny_lm).eval()
-    before, after = sampled
+    (before, _), (after, _) = sampled
     for name, responses in (("before", before), ("after", after)):
         tokens = responses.response_mask.sum().item()
         expected = math.exp(-log_likelihood(original, responses).sum().item() / tokens)

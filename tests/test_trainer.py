@@ -22,7 +22,8 @@ def really_out_of_memory() -> RuntimeError:
     ("phase", "remedy"),
     [
         ("sample", "lower rollout_microbatch_size=64"),
-        ("forward", "lower rollout_microbatch_size=64"),
+        ("reference", "lower rollout_microbatch_size=64"),
+        ("forward", "lower microbatch_size=32"),
         ("score", "lower reward_batch_size=128"),
         ("update", "lower microbatch_size=32"),
     ],

@@ -5,16 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from conftest import random_causal_lm
 
 from pipeline.config import PPOSettings
 from pipeline.models.forward import position_ids
 from pipeline.models.head import token_logprobs
+from pipeline.models.kernels import use_fast_kernels
 from pipeline.models.policy import Policy
 from pipeline.ppo.advantages import Advantages, compute_advantages
 from pipeline.ppo.losses import ppo_loss
 from pipeline.rollout.rollout import Responses, Rollout, policy_outputs
-from pipeline.update import learning_rate_at, update_policy
+from pipeline.runtime.engine import autocast
+from pipeline.update import first_epoch_outputs, learning_rate_at, update_policy
 
 COUNT, WIDTH, LENGTH, TEMPERATURE = 16, 3, 6, 0.9
 ONE_STEP = {"ppo_epochs": 1, "minibatch_size": COUNT, "microbatch_size": 5, "max_grad_norm": 1e9}
@@ -62,13 +65,9 @@ def rollout(tokenizer) -> Rollout:
     responses = Responses(
         tokens[:, :WIDTH], torch.arange(WIDTH) >= WIDTH - prompts, tokens[:, WIDTH:], torch.arange(LENGTH) < lengths
     )
-    logprobs, values, entropy = policy_outputs(
-        fresh_policy(tokenizer), responses, temperature=TEMPERATURE, microbatch_size=5
-    )
+    outputs = policy_outputs(fresh_policy(tokenizer), responses, temperature=TEMPERATURE, microbatch_size=5)
     scores = torch.randn(COUNT, generator=draw)
-    return Rollout(
-        **vars(responses), logprobs=logprobs, ref_logprobs=logprobs, values=values, entropy=entropy, scores=scores
-    )
+    return Rollout(**vars(responses), **vars(outputs), ref_logprobs=outputs.logprobs, scores=scores)
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +223,29 @@ def test_learning_rates_by_hand():
     assert rates(learning_rate_schedule="linear") == [1, 0.75, 0.5, 0.25]
     assert rates(learning_rate_schedule="constant", warmup_steps=3) == [0.25, 0.5, 0.75, 1]
     assert rates(learning_rate_schedule="linear", warmup_steps=1) == [0.5, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("precision", ("no", "bf16"))
+def test_read_in_the_first_epochs_microbatches_the_first_ratio_is_one_in_any_precision(tokenizer, rollout, precision):
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    policy, ppo = fresh_policy(tokenizer), settings()
+    use_fast_kernels(policy.model, "cpu")
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
+    engine, optimizer = accelerator.prepare(policy, optimizer)
+    responses = Responses(rollout.prompt_tokens, rollout.prompt_mask, rollout.response_tokens, rollout.response_mask)
+    with autocast(accelerator):
+        outputs = first_epoch_outputs(accelerator, policy, responses, ppo, step=3, seed=1, temperature=TEMPERATURE)
+        whole = policy_outputs(policy, responses, temperature=TEMPERATURE, microbatch_size=COUNT)
+    tolerance = 1e-5 if precision == "no" else 0.2
+    for name, value in vars(whole).items():
+        torch.testing.assert_close(getattr(outputs, name), value, atol=tolerance, rtol=tolerance, msg=name)
+    fresh = replace(rollout, **vars(outputs))
+    advantages = compute_advantages(fresh.scores, torch.zeros_like(fresh.logprobs), fresh.values, fresh.response_mask,
+                                    kl_coef=0.0, gamma=1.0, gae_lambda=0.95)  # fmt: skip
+    stats = update_policy(accelerator, engine, optimizer, fresh, advantages, ppo,
+                          step=3, seed=1, temperature=TEMPERATURE, layout=policy.layout)  # fmt: skip
+    assert stats.first_minibatch_ratio_deviation < 2e-5
+    PartialState._reset_state()
+    AcceleratorState._reset_state()

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from pipeline.models.kernels import use_fast_kernels
 from pipeline.models.loading import (
     REFERENCE_ADAPTER,
     LoraSettings,
@@ -29,7 +30,7 @@ def build_policy_and_reference(
     Raises:
         ModelError: see `load_causal_lm`, `add_lora` and `continue_lora`.
     """
-    model = load_causal_lm(path)
+    model = use_fast_kernels(load_causal_lm(path), device)
     if adapter_path is not None:
         model = continue_lora(model, adapter_path)
         reference = Reference(model)
@@ -37,7 +38,7 @@ def build_policy_and_reference(
         model = add_lora(model, lora)
         reference = Reference(model)
     else:
-        reference = Reference(load_causal_lm(path).requires_grad_(False).to(device))
+        reference = Reference(use_fast_kernels(load_causal_lm(path), device).requires_grad_(False).to(device))
     return Policy(model).eval().to(device), reference
 
 
@@ -51,7 +52,7 @@ def load_tuned(
     """
     if not (directory / VALUE_HEAD_FILE).is_file():
         raise ModelError(f"{str(directory)!r} holds no trained model (no {VALUE_HEAD_FILE}); give a finished run.")
-    original = load_causal_lm(path)
+    original = use_fast_kernels(load_causal_lm(path), device)
     if use_peft:
         with opening(str(directory), "the adapter"):
             model = PeftModel.from_pretrained(original, directory).eval()
@@ -60,7 +61,10 @@ def load_tuned(
                 model.load_adapter(adapter_path, REFERENCE_ADAPTER)
         reference = Reference(model)
     else:
-        model, reference = load_causal_lm(str(directory)), Reference(original.requires_grad_(False).to(device))
+        model, reference = (
+            use_fast_kernels(load_causal_lm(str(directory)), device),
+            Reference(original.requires_grad_(False).to(device)),
+        )
     policy = Policy(model).eval()
     load_value_head(policy, directory)
     return policy.to(device), reference

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.kernels import CPU_ATTENTION
 from pipeline.models.packing import Layout, Packed
 
 
@@ -63,9 +64,15 @@ def layout_of(model: nn.Module) -> Layout:
         positions = torch.cat([torch.arange(len(sample), device=device) for sample in samples]).unsqueeze(0)
         row = torch.cat(samples).unsqueeze(0)
         end_to_end = agrees(lm(input_ids=row, position_ids=positions, use_cache=False).logits[0])
-    by_mask = lm.config._attn_implementation == "sdpa"  # the others want masks of other kinds
-    window = getattr(lm.config, "sliding_window", None) or getattr(lm.config, "attention_chunk_size", None)
-    return Layout(end_to_end, (window or 2**31) if by_mask else 0, plain_head)
+    return Layout(end_to_end, longest_by_mask(model), plain_head)
+
+
+def longest_by_mask(model: nn.Module) -> int:
+    """Up to what length a mask of our own, true where a position may be looked at, is all the model needs."""
+    config = causal_lm(model).config
+    if config._attn_implementation not in ("sdpa", CPU_ATTENTION):
+        return 0  # the others want masks of other kinds
+    return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 2**31
 
 
 def _trunk(lm: nn.Module, **inputs: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.kernels import cpu_product
+
 CHUNK_BYTES = 2**27  # of float32 logits
 CACHED_BYTES = 2**22  # of them at once while a CPU works through a chunk
 
@@ -50,13 +52,21 @@ def logits_logprobs(
     logprobs = torch.empty(len(logits), device=logits.device)
     entropy = torch.empty_like(logprobs) if with_entropy else None
     for rows in _cached_rows(logits):
-        scaled = logits[rows].float() / temperature
-        normaliser = scaled.logsumexp(-1)
+        scaled = _scaled(logits[rows], temperature)
+        largest = scaled.amax(1)
+        powers = (scaled - largest.unsqueeze(1)).exp_()
+        total = powers.sum(1)
+        normaliser = largest + total.log()
         logprobs[rows] = scaled.gather(1, targets[rows].unsqueeze(1)).squeeze(1) - normaliser
         if with_entropy:
-            probabilities = (scaled - normaliser.unsqueeze(1)).exp_()
-            entropy[rows] = normaliser - probabilities.mul_(scaled).sum(1)
+            entropy[rows] = normaliser - powers.mul_(scaled.nan_to_num_(neginf=0.0)).sum(1) / total
     return logprobs, entropy
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """A float32 copy, divided by the temperature."""
+    scaled = logits.to(torch.float32, copy=True)
+    return scaled if temperature == 1.0 else scaled.div_(temperature)
 
 
 def head_loss(
@@ -94,15 +104,13 @@ class _HeadLoss(torch.autograd.Function):
             logprobs = torch.empty(len(hidden), device=hidden.device)
             loss = torch.zeros((), device=hidden.device)
             for number, chunk in enumerate(_slices(len(hidden), len(weight), CHUNK_BYTES)):
-                logits = states[chunk] @ matrix.T
-                if bias is not None:
-                    logits += bias.to(compute)
+                logits = _product(states[chunk], matrix, None if bias is None else bias.to(compute))
                 logprobs[chunk], chunk_loss, gradient = _chunk_loss(
                     logits, targets[chunk], token_loss, chunk.start, temperature
                 )
                 loss += chunk_loss
                 if hidden_gradient is not None:
-                    torch.mul(gradient @ matrix, scale, out=hidden_gradient[chunk])
+                    torch.mul(_product(gradient, matrix.T), scale, out=hidden_gradient[chunk])
                 if weight_gradient is not None:
                     _accumulate(weight_gradient, gradient, states[chunk], scale, first=number == 0)
                 if bias_gradient is not None:
@@ -128,7 +136,7 @@ def _chunk_loss(
     loss = torch.zeros((), device=logits.device)
     gradient = logits
     for rows in _cached_rows(logits):
-        distribution = (logits[rows].float() / temperature).log_softmax(-1)
+        distribution = _scaled(logits[rows], temperature).log_softmax(-1)
         target = targets[rows].unsqueeze(1)
         logprobs[rows] = distribution.gather(1, target).squeeze(1)
         with torch.enable_grad():
@@ -143,12 +151,18 @@ def _chunk_loss(
     return logprobs, loss, gradient
 
 
+def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    if rows.dtype == torch.float32 and rows.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return cpu_product(rows, matrix, bias)
+    return nn.functional.linear(rows, matrix, bias)
+
+
 def _accumulate(total: Tensor, gradient: Tensor, states: Tensor, scale: float, *, first: bool) -> None:
     """total (V, H) += scale * gradient (t, V)^T states (t, H); the first call sets it."""
     if gradient.dtype == total.dtype:
         torch.addmm(total, gradient.T, states, beta=0.0 if first else 1.0, alpha=scale, out=total)
-    elif first:
-        torch.mul(gradient.T @ states, scale, out=total)
+    elif first:  # converting and scaling in one operation is slower: it makes a copy to convert into
+        total.copy_(gradient.T @ states).mul_(scale)
     else:
         total.add_(gradient.T @ states, alpha=scale)
 

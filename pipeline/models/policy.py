@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.models.forward import causal_lm, layout_of, output_head, response_logits, response_states
 from pipeline.models.head import TokenLoss, head_logprobs, head_loss, logits_logprobs, token_logprobs
+from pipeline.models.kernels import many_forwards
 from pipeline.models.loading import REFERENCE_ADAPTER
 from pipeline.models.packing import Packed
 from pipeline.runtime.engine import gathered, shard_frozen
@@ -57,7 +58,7 @@ class Policy(nn.Module):
             logits, hidden = response_logits(self.model, packed)
         if token_loss is None:
             logprobs, entropy = _logprobs(head, hidden, logits, packed, temperature, with_entropy=with_entropy)
-        elif logits is None and type(head) is nn.Linear:
+        elif logits is None and isinstance(head, nn.Linear):
             loss, logprobs = head_loss(head, hidden, packed.targets, token_loss, temperature, scale=scale)
         else:  # slower and larger, and right for any head
             logprobs = token_logprobs(head(hidden) if logits is None else logits, packed.targets, temperature)
@@ -130,7 +131,8 @@ class Reference:
     def logprobs(self, packed: Packed, temperature: float = 1.0) -> Tensor:
         """Log-probs (T,) of the response tokens under the reference."""
         # A sharded reference gathers its layers one by one here: it need never stand whole beside a gathered policy.
-        with nullcontext(self._model) if self._engine is not None else self.activated() as model:
+        active = nullcontext(self._model) if self._engine is not None else self.activated()
+        with active as model, many_forwards(model, few_rows=False):
             if self.layout.plain_head:
                 hidden, logits = response_states(model, packed), None
             else:

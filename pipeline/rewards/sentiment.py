@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from pipeline.models.kernels import many_forwards, use_fast_kernels
 from pipeline.models.loading import ModelError, opening
 
 Scale = Literal["logit", "probability", "log_odds"]
@@ -44,7 +45,7 @@ class SentimentReward:
                 raise ModelError(f"reward_scale={scale!r}: {model_path!r} has one output; its only scale is logit.")
             self.tokenizer = AutoTokenizer.from_pretrained(model_path)
             self.model = AutoModelForSequenceClassification.from_pretrained(model_path, dtype=torch.float32)
-        self.model.requires_grad_(False).eval().to(device)
+        use_fast_kernels(self.model, device).requires_grad_(False).eval().to(device)
         self.max_length = min(self.tokenizer.model_max_length, _positions(self.model))
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
@@ -70,10 +71,11 @@ class SentimentReward:
         ids = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         logits = torch.empty(len(ids), self.model.config.num_labels)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
-            logits[batch] = self.model(**inputs.to(self.model.device)).logits.float().cpu()
+        with many_forwards(self.model):
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
+                logits[batch] = self.model(**inputs.to(self.model.device)).logits.float().cpu()
         return logits
 
 

@@ -1,11 +1,35 @@
-"""Autoregressive decoding with a fixed-shape KV cache and given noise."""
+"""Autoregressive decoding over buffers that stay where they are: fixed-shape KV cache, noise given, no host in it.
+
+On CUDA the step that makes one token is a graph, captured once for each shape (`DecodeGraphs`). Elsewhere, and for
+models that want another cache or mask, the same step runs as a plain loop.
+"""
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
-from pipeline.models.forward import accepts, causal_lm, position_ids
+from pipeline.models.forward import accepts, captured_head_input, causal_lm, longest_by_mask, position_ids
+from pipeline.models.head import logits_logprobs
 from pipeline.rollout.sampling import SamplingOptions, next_tokens
+
+TOKENS_BETWEEN_CHECKS = 8  # whether all samples have ended: a CUDA device would wait for the question each time
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What was sampled; and what the policy says of it, where it was asked for a value head. Zero on padding."""
+
+    tokens: Tensor  # (B, R), the padding token after the end
+    mask: Tensor  # (B, R) True up to and with the first EOS
+    logprobs: Tensor | None  # (B, R) float32
+    values: Tensor | None  # (B, R)
+    entropy: Tensor | None  # (B, R)
 
 
 @torch.no_grad()
@@ -19,7 +43,9 @@ def decode(
     eos_token_id: int,
     pad_token_id: int,
     options: SamplingOptions,
-) -> tuple[Tensor, Tensor]:
+    value_head: nn.Module | None = None,
+    graphs: "DecodeGraphs | None" = None,
+) -> Decoded:
     """Continue each prompt until EOS or until its own length.
 
     Args:
@@ -28,46 +54,196 @@ def decode(
         uniforms: (B, R) in [0, 1), one a token.
         lengths: (B,) largest number of response tokens of each sample, at most R.
         options: how to draw. With `greedy` the result equals `generate(do_sample=False)`.
-
-    Returns:
-        response tokens (B, R), `pad_token_id` after the end, and their mask (B, R): True up to and with the first EOS.
+        value_head: keep log-probs, values and entropy of the tokens, as this forward gives them.
+        graphs: where CUDA graphs of earlier calls with the same model are.
     """
-    batch, prompt_length = prompts.shape
-    response_length = uniforms.shape[1]
-    mask = torch.cat([prompt_mask, prompt_mask.new_ones(batch, response_length)], 1)
-    positions = position_ids(mask)
-    takes_positions = accepts(model, "position_ids")
-    cache = _new_cache(causal_lm(model), prompt_length + response_length)
-    responses = prompts.new_full((batch, response_length), pad_token_id)
-    response_mask = prompt_mask.new_zeros(batch, response_length)
-    running = lengths > 0
-    current, start = prompts, 0
-    for step in range(response_length):
-        end = prompt_length + step
-        inputs = {"position_ids": positions[:, start:end]} if takes_positions else {}
-        logits = model(
-            input_ids=current,
-            attention_mask=mask[:, :end].long(),
-            past_key_values=cache,
-            use_cache=True,
-            **({"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}),
-            **inputs,
-        ).logits[:, -1]
-        tokens = next_tokens(logits, uniforms[:, step], step, eos_token_id, options)
-        tokens = torch.where(running, tokens, pad_token_id)
-        responses[:, step], response_mask[:, step] = tokens, running
-        running = running & (tokens != eos_token_id) & (step + 1 < lengths)
-        if not running.any():
+    steps = _Steps(model, prompts, uniforms, eos_token_id, pad_token_id, options, value_head)
+    if graphs is not None and steps.fixed and prompts.device.type == "cuda":
+        steps = graphs.find(steps)
+    steps.start(prompts, prompt_mask, uniforms, lengths)
+    advance = steps.step if graphs is None else graphs.captured(steps)
+    often = 1 if prompts.device.type == "cpu" else TOKENS_BETWEEN_CHECKS
+    for step in range(1, uniforms.shape[1]):
+        if step % often == 0 and not steps.running.any():
             break
-        current, start = tokens.unsqueeze(1), end
-    return responses, response_mask
+        advance()
+    return steps.result()
 
 
-def _new_cache(model: nn.Module, length: int):
-    """A static cache where the architecture allows one, else a growing one.
+class _Steps:
+    """The buffers of one batch and the step over them."""
 
-    Under autocast rotary models make keys of float32 and values of less, which a static cache, of one type, refuses.
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Tensor,
+        uniforms: Tensor,
+        eos_token_id: int,
+        pad_token_id: int,
+        options: SamplingOptions,
+        value_head: nn.Module | None,
+    ):
+        (batch, self.prompt_length), length = prompts.shape, uniforms.shape[1]
+        self.model, self.value_head, self.options = model, value_head, options
+        self.eos, self.pad = eos_token_id, pad_token_id
+        total = self.prompt_length + length
+        lm, device = causal_lm(model), prompts.device
+        self.cache = _new_cache(lm, total)
+        still = isinstance(self.cache, StaticCache) and all(type(x) is StaticLayer for x in self.cache.layers)
+        self.fixed = still and total <= longest_by_mask(model)
+        self.takes_positions = accepts(model, "position_ids")
+        self.keeps_one = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+        self.tokens = prompts.new_full((batch, length), pad_token_id)
+        self.uniforms, self.lengths = torch.empty_like(uniforms), prompts.new_zeros(batch)
+        self.running = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        self.allowed = torch.zeros(batch, total, dtype=torch.bool, device=device)  # positions that may be looked at
+        self.current, self.position = prompts.new_zeros(batch, 1), prompts.new_zeros(batch, 1)
+        self.at = prompts.new_zeros(1)  # response tokens so far
+        self.kept = [torch.zeros(batch, length, device=device) for _ in range(3)] if value_head is not None else []
+        self.causal = torch.ones(self.prompt_length, total, dtype=torch.bool, device=device).tril()
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What a captured step depends on."""
+        return (*self.tokens.shape, self.prompt_length, self.eos, self.pad, self.options, self.value_head is None)
+
+    def start(self, prompts: Tensor, prompt_mask: Tensor, uniforms: Tensor, lengths: Tensor) -> None:
+        """Read the prompts and draw the first tokens."""
+        self.uniforms.copy_(uniforms)
+        self.lengths.copy_(lengths)
+        self.running.copy_(self.lengths > 0)
+        self.tokens.fill_(self.pad)
+        self.mask.zero_()
+        self.allowed.zero_()
+        self.allowed[:, : self.prompt_length] = prompt_mask
+        self.at.zero_()
+        for kept in self.kept:
+            kept.zero_()
+        self.cache.reset()
+        positions = position_ids(prompt_mask)
+        self.position.copy_(positions[:, -1:])
+        mask = prompt_mask.long()
+        if self.fixed:  # padding may look at itself: a row without anything to look at would be NaN
+            mask = (self.allowed.unsqueeze(1) & self.causal) | self.causal.triu()
+            mask = mask.unsqueeze(1)
+        self._forward(prompts, positions, mask)
+
+    def step(self) -> None:
+        """Read the last tokens and draw the next ones."""
+        self.position += 1
+        self.allowed.index_fill_(1, self.prompt_length + self.at - 1, True)
+        mask = self.allowed[:, None, None]
+        if not self.fixed:  # a cache that grows
+            mask = self.allowed[:, : self.prompt_length + int(self.at)].long()
+        self._forward(self.current, self.position, mask)
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> None:
+        inputs = {"position_ids": positions} if self.takes_positions else {}
+        with captured_head_input(self.model) if self.kept else nullcontext([]) as captured:
+            logits = self.model(
+                input_ids=tokens,
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                **self.keeps_one,
+                **inputs,
+            ).logits[:, -1]
+        uniforms = self.uniforms.index_select(1, self.at).squeeze(1)
+        drawn = next_tokens(logits, uniforms, self.at, self.eos, self.options)
+        if self.kept:
+            logprobs, entropy = logits_logprobs(logits, drawn, self.options.temperature, with_entropy=True)
+            values = self.value_head(captured[0][:, -1].float()).squeeze(-1)
+            for kept, new in zip(self.kept, (logprobs, values, entropy), strict=True):
+                kept.index_copy_(1, self.at, torch.where(self.running, new, 0.0).unsqueeze(1))
+        drawn = torch.where(self.running, drawn, self.pad)
+        self.tokens.index_copy_(1, self.at, drawn.unsqueeze(1))
+        self.mask.index_copy_(1, self.at, self.running.unsqueeze(1))
+        self.at += 1
+        self.running &= (drawn != self.eos) & (self.at < self.lengths)
+        self.current.copy_(drawn.unsqueeze(1))
+
+    def buffers(self) -> list[Tensor]:
+        """All that a step changes, once the prompts are read."""
+        own = [self.running, self.tokens, self.mask, self.allowed, self.current, self.position, self.at]
+        cached = [x for layer in self.cache.layers for x in (layer.keys, layer.values, layer.cumulative_length)]
+        return own + self.kept + cached
+
+    def result(self) -> Decoded:
+        """What was sampled, out of the buffers."""
+        logprobs, values, entropy = (x.clone() for x in self.kept) if self.kept else (None, None, None)
+        return Decoded(self.tokens.clone(), self.mask.clone(), logprobs, values, entropy)
+
+
+class _FixedCache(StaticCache):
+    """A static cache of one type: under autocast rotary models make keys of float32 and values of less."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        device = key_states.device.type
+        if torch.is_autocast_enabled(device):
+            lowered = torch.get_autocast_dtype(device)
+            key_states, value_states = key_states.to(lowered), value_states.to(lowered)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def _new_cache(lm: nn.Module, length: int) -> StaticCache | DynamicCache:
+    """A static cache where the architecture allows one, else a growing one."""
+    if getattr(lm, "_can_compile_fullgraph", False):
+        return _FixedCache(config=lm.config, max_cache_len=length)
+    return DynamicCache(config=lm.config)
+
+
+class DecodeGraphs:
+    """CUDA graphs of a model's decoding step, one for each shape, kept from rollout to rollout.
+
+    A graph reads the weights where they lie, so it stays right as long as they are updated in place. A model that
+    cannot be captured is decoded by the plain loop, and `failure` says why.
     """
-    if getattr(model, "_can_compile_fullgraph", False) and not torch.is_autocast_enabled(model.device.type):
-        return StaticCache(config=model.config, max_cache_len=length)
-    return DynamicCache(config=model.config)
+
+    def __init__(self):
+        self._steps: dict[tuple[object, ...], _Steps] = {}
+        self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
+        self.failure: str | None = None
+
+    def find(self, steps: _Steps) -> _Steps:
+        """The buffers of that shape: those of an earlier call, where a graph has their addresses."""
+        return self._steps.setdefault(steps.shape, steps)
+
+    def captured(self, steps: _Steps) -> Callable[[], object]:
+        """What makes one step: the graph's replay, or the step itself."""
+        if not steps.fixed or steps.tokens.device.type != "cuda" or self.failure is not None:
+            return steps.step
+        graph = self._graphs.get(steps.shape)
+        if graph is None:
+            try:
+                graph = self._graphs[steps.shape] = _capture(steps)
+            except RuntimeError as error:
+                self.failure = str(error).splitlines()[0]
+                warnings.warn(f"sampling without a CUDA graph, more slowly: {self.failure}", stacklevel=2)
+                return steps.step
+        return graph.replay
+
+
+def _capture(steps: _Steps) -> torch.cuda.CUDAGraph:
+    """Capture a step. Its warm-up is not to be seen in the buffers, which are put back."""
+    state = steps.buffers()
+    before = [tensor.clone() for tensor in state]
+
+    def restore() -> None:
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            steps.step()
+            restore()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            steps.step()
+    finally:
+        restore()
+    return graph

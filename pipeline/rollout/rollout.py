@@ -1,7 +1,8 @@
 """One batch of experience: sample responses, then read log-probs, values and reference log-probs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.prompts import PromptBatch
+from pipeline.models.kernels import many_forwards
 from pipeline.models.packing import Layout, Packed, pack
 from pipeline.models.policy import Policy, Reference
-from pipeline.rollout.decoding import decode
+from pipeline.rollout.decoding import DecodeGraphs, decode
 from pipeline.rollout.sampling import SamplingOptions
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,25 @@ class Responses:
 
 
 @dataclass(frozen=True)
-class Rollout(Responses):
-    """Responses with all that PPO needs of them, zero on padding."""
+class PolicyOutputs:
+    """What the policy that sampled says of its responses, zero on padding."""
 
-    logprobs: Tensor  # (N, R) under the policy that sampled
-    ref_logprobs: Tensor  # (N, R)
+    logprobs: Tensor  # (N, R)
     values: Tensor  # (N, R)
-    entropy: Tensor  # (N, R) of the policy, nats
+    entropy: Tensor  # (N, R) nats
+
+
+@dataclass(frozen=True)
+class Scored(Responses):
+    """Responses with what others say of them, zero on padding."""
+
+    ref_logprobs: Tensor  # (N, R)
     scores: Tensor  # (N,)
+
+
+@dataclass(frozen=True)
+class Rollout(PolicyOutputs, Scored):
+    """All that PPO needs."""
 
     def take(self, index: Tensor | slice) -> "Rollout":
         """The samples at `index`, in that order."""
@@ -65,37 +80,49 @@ def sample_responses(
     eos_token_id: int,
     pad_token_id: int,
     options: SamplingOptions,
-) -> Responses:
-    """Sample a response to each prompt: uniforms (n, R), lengths (n,) as in `decode`; on the model's device."""
+    value_head: torch.nn.Module | None = None,
+    graphs: DecodeGraphs | None = None,
+) -> tuple[Responses, PolicyOutputs | None]:
+    """Sample a response to each prompt: uniforms (n, R), lengths (n,) as in `decode`; on the model's device.
+
+    With a value head also what the policy says of them, from the same forwards.
+    """
     device = next(model.parameters()).device
-    parts = []
-    for start in range(0, len(prompts), microbatch_size):
-        part = prompts.slice(start, start + microbatch_size)
-        tokens, mask = part.tokens.to(device), part.mask.to(device)
-        responses, response_mask = decode(
-            model,
-            tokens,
-            mask,
-            uniforms[start : start + microbatch_size].to(device),
-            lengths[start : start + microbatch_size].to(device),
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            options=options,
-        )
-        parts.append(Responses(tokens, mask, responses, response_mask))
-    return Responses(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Responses)))
+    parts, outputs = [], []
+    with many_forwards(model, keep=graphs is not None):
+        for start in range(0, len(prompts), microbatch_size):
+            part = prompts.slice(start, start + microbatch_size)
+            tokens, mask = part.tokens.to(device), part.mask.to(device)
+            decoded = decode(
+                model,
+                tokens,
+                mask,
+                uniforms[start : start + microbatch_size].to(device),
+                lengths[start : start + microbatch_size].to(device),
+                eos_token_id=eos_token_id,
+                pad_token_id=pad_token_id,
+                options=options,
+                value_head=value_head,
+                graphs=graphs,
+            )
+            parts.append(Responses(tokens, mask, decoded.tokens, decoded.mask))
+            outputs.append(PolicyOutputs(decoded.logprobs, decoded.values, decoded.entropy))
+    return concatenated(parts), None if value_head is None else concatenated(outputs)
+
+
+def concatenated(parts: Sequence[T]) -> T:
+    """One record of tensors from several, along the first dimension."""
+    return type(parts[0])(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(parts[0])))
 
 
 @torch.no_grad()
-def policy_outputs(
-    policy: Policy, responses: Responses, *, temperature: float, microbatch_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs, values and entropy of the responses under the policy, each (n, R), zero on padding."""
+def policy_outputs(policy: Policy, responses: Responses, *, temperature: float, microbatch_size: int) -> PolicyOutputs:
+    """What the policy says of the responses, from a forward over them; padding is zero."""
     parts = []
     for packed in _microbatches(responses, policy.layout, microbatch_size):
         outputs = policy(packed, temperature, with_entropy=True)
-        parts.append([packed.unpack(x) for x in (outputs.logprobs, outputs.values, outputs.entropy)])
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        parts.append(PolicyOutputs(*(packed.unpack(x) for x in (outputs.logprobs, outputs.values, outputs.entropy))))
+    return concatenated(parts)
 
 
 def reference_logprobs(

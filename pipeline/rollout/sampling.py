@@ -7,6 +7,8 @@ from torch import Tensor
 
 from pipeline.runtime.randomness import generator
 
+BLOCK = 256  # tokens
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -27,13 +29,27 @@ class SamplingOptions:
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one token a row: probabilities (B, V) float32, uniforms (B,) in [0, 1) -> (B,).
 
-    The cumulative sum is not exactly 1; scaling the uniform by its last entry and staying below it keeps rounding from
-    handing a turn to tokens of probability zero at the end of the vocabulary.
+    Cumulative sums are taken over blocks of the vocabulary, then within one block, since a sum over all of it is slow.
+    They are not exactly 1; scaling the uniform by their last entry and staying below it keeps rounding from handing a
+    turn to tokens of probability zero.
     """
-    cumulative = probabilities.cumsum(-1)
-    total = cumulative[:, -1:]
-    target = torch.minimum(uniforms.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    batch, vocabulary = probabilities.shape
+    whole = vocabulary // BLOCK * BLOCK
+    sums = probabilities[:, :whole].view(batch, -1, BLOCK).sum(-1)
+    if whole < vocabulary:
+        sums = torch.cat([sums, probabilities[:, whole:].sum(-1, keepdim=True)], 1)
+    before = sums.cumsum(-1)
+    target = _below(uniforms.unsqueeze(1) * before[:, -1:], before[:, -1:])
+    block = torch.searchsorted(before, target, right=True)
+    target = target - (before.gather(1, block) - sums.gather(1, block))
+    tokens = block * BLOCK + torch.arange(BLOCK, device=block.device)
+    inside = probabilities.gather(1, tokens.clamp_max(vocabulary - 1)).masked_fill(tokens >= vocabulary, 0.0).cumsum(-1)
+    within = torch.searchsorted(inside, _below(target, inside[:, -1:]), right=True)
+    return (block * BLOCK + within).squeeze(1)
+
+
+def _below(target: Tensor, total: Tensor) -> Tensor:
+    return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def restrict(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
@@ -49,11 +65,13 @@ def restrict(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def next_tokens(logits: Tensor, uniforms: Tensor, step: int, eos_token_id: int, options: SamplingOptions) -> Tensor:
-    """Tokens (B,) for response position `step`, from logits (B, V) and uniforms (B,)."""
+def next_tokens(logits: Tensor, uniforms: Tensor, step: Tensor, eos_token_id: int, options: SamplingOptions) -> Tensor:
+    """Tokens (B,) for response position `step` (1,), from logits (B, V) and uniforms (B,)."""
     logits = logits.float() / options.temperature
-    if step < options.min_tokens:
-        logits = logits.index_fill(1, torch.tensor([eos_token_id], device=logits.device), -torch.inf)
+    if options.min_tokens:
+        held = logits.clone()
+        held[:, eos_token_id] = -torch.inf
+        logits = torch.where(step < options.min_tokens, held, logits)
     if options.greedy:
         return logits.argmax(-1)
     return inverse_cdf(restrict(logits, top_k=options.top_k, top_p=options.top_p).softmax(-1), uniforms)

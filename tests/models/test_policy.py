@@ -221,15 +221,15 @@ def test_an_adapter_to_start_from_stays_in_the_reference(tiny_lm, adapter):
     )
     base, _ = build_policy_and_reference(tiny_lm, lora=None, device="cpu")
     with torch.no_grad():
-        assert torch.equal(read(policy).logprobs, expected)
-        assert torch.equal(reference_logprobs(reference), expected)
+        close(read(policy).logprobs, expected)  # the plain model has other kernels
+        close(reference_logprobs(reference), expected)
         assert (read(base).logprobs - expected).abs().max() > 0.01
         for name, parameter in policy.named_parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
                 assert ".reference." not in name
         assert (read(policy).logprobs - expected).abs().max() > 0.01
-        assert torch.equal(reference_logprobs(reference), expected)
+        close(reference_logprobs(reference), expected)
 
 
 def test_the_adapter_in_training_is_back_after_the_reference_was_asked(tiny_lm, adapter):

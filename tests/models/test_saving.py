@@ -15,6 +15,11 @@ from pipeline.models.saving import load_value_head, save_policy
 TOKENS = torch.tensor([[3, 4, 5, 6]])
 
 
+def close(actual, expected):
+    """Equal to the rounding of the fused activation, which plain transformers does not use."""
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
 def trained(tiny_lm, lora) -> Policy:
     """A policy whose trainable weights have moved, as training leaves it."""
     policy, _ = build_policy_and_reference(tiny_lm, lora=lora, device="cpu")
@@ -56,7 +61,7 @@ def test_peft_gives_the_same_logits_and_only_the_adapter_is_stored(saved, tiny_l
         return
     assert not (folder / "model.safetensors").exists()
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_lm), folder).eval()
-    assert torch.equal(logits_of(loaded), logits_of(policy.model))
+    close(logits_of(loaded), logits_of(policy.model))
 
 
 def test_the_value_head_reloads(saved, tiny_lm):
@@ -110,10 +115,10 @@ def test_a_run_that_started_from_an_adapter_saves_the_trained_one_alone(tiny_lm,
     save_policy(policy, tokenizer, tmp_path / "second", max_new_tokens=11, temperature=1.0)
     assert not (tmp_path / "second" / "reference").exists()
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_lm), tmp_path / "second").eval()
-    assert torch.equal(logits_of(loaded), logits_of(policy.model))
+    close(logits_of(loaded), logits_of(policy.model))
     tuned, reference = load_tuned(
         tiny_lm, tmp_path / "second", use_peft=True, adapter_path=str(tmp_path / "first"), device="cpu"
     )
-    assert torch.equal(logits_of(tuned.model), logits_of(policy.model))
+    close(logits_of(tuned.model), logits_of(policy.model))
     with reference.activated() as original:
-        assert torch.equal(logits_of(original), logits_of(first.model))
+        close(logits_of(original), logits_of(first.model))

@@ -6,8 +6,11 @@ import pytest
 import torch
 from conftest import SHAPES, random_causal_lm
 
+from pipeline.data.prompts import PromptBatch
 from pipeline.models.forward import position_ids
-from pipeline.rollout.decoding import decode
+from pipeline.models.policy import Policy
+from pipeline.rollout.decoding import DecodeGraphs, _Steps, decode
+from pipeline.rollout.rollout import policy_outputs, sample_responses
 from pipeline.rollout.sampling import SamplingOptions
 
 PROMPTS = torch.tensor([[5, 6, 7, 8], [0, 0, 0, 9], [0, 10, 11, 12], [0, 0, 13, 14]])
@@ -20,7 +23,7 @@ def run(model, *, rows=slice(None), uniforms=None, lengths=None, eos=EOS, pad=PA
     count = len(PROMPTS)
     uniforms = torch.zeros(count, LENGTH) if uniforms is None else uniforms
     lengths = torch.full((count,), uniforms.shape[1]) if lengths is None else torch.tensor(lengths)
-    return decode(
+    decoded = decode(
         model,
         PROMPTS[rows],
         MASK[rows],
@@ -30,6 +33,7 @@ def run(model, *, rows=slice(None), uniforms=None, lengths=None, eos=EOS, pad=PA
         pad_token_id=pad,
         options=SamplingOptions(**options),
     )
+    return decoded.tokens, decoded.mask
 
 
 @contextmanager
@@ -124,7 +128,7 @@ def test_a_sample_does_not_depend_on_how_far_its_prompt_is_padded(gpt2):
             eos_token_id=EOS,
             pad_token_id=PAD,
             options=SamplingOptions(),
-        )[0]
+        ).tokens
         for start in (0, 2)
     )
     assert torch.equal(wide, narrow)
@@ -198,3 +202,56 @@ def test_min_tokens_keeps_eos_away(gpt2):
     with changed_logits(gpt2, wants_to_end):
         _, mask = run(gpt2, uniforms=torch.full((4, LENGTH), 0.5), min_tokens=3)
     assert mask.sum(1).tolist() == [4] * 4
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_what_is_kept_of_decoding_is_what_a_forward_says_to_rounding(architecture, tokenizer):
+    policy = Policy(random_causal_lm(architecture, tokenizer)).eval()
+    torch.nn.init.normal_(policy.value_head.weight)
+    prompts = PromptBatch(PROMPTS, MASK, [""] * 4)
+    uniforms, lengths = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(3)), torch.tensor([12, 3, 7, 12])
+    options = {
+        "microbatch_size": 3,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "options": SamplingOptions(temperature=0.8),
+    }
+    responses, kept = sample_responses(
+        policy.model, prompts, uniforms, lengths, value_head=policy.value_head, **options
+    )
+    expected = policy_outputs(policy, responses, temperature=0.8, microbatch_size=4)
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(kept, name), value, atol=2e-5, rtol=2e-5, msg=name)
+    again, nothing = sample_responses(policy.model, prompts, uniforms, lengths, **options)
+    assert nothing is None and torch.equal(again.response_tokens, responses.response_tokens)
+
+
+def test_without_a_gpu_graphs_are_not_tried(gpt2):
+    graphs = DecodeGraphs()
+    uniforms = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(1))
+    arguments = (gpt2, PROMPTS, MASK, uniforms, torch.full((4,), LENGTH))
+    options = {"eos_token_id": EOS, "pad_token_id": PAD, "options": SamplingOptions()}
+    with_graphs = decode(*arguments, **options, graphs=graphs)
+    assert torch.equal(with_graphs.tokens, decode(*arguments, **options).tokens) and graphs.failure is None
+
+
+def test_a_step_over_fixed_buffers_can_be_repeated_after_they_are_put_back(gpt2):
+    # What a captured graph relies on: the step reads and writes these buffers only.
+    steps = _Steps(gpt2, PROMPTS, torch.zeros(4, LENGTH), EOS, PAD, SamplingOptions(), None)
+    assert steps.fixed
+    uniforms = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(1))
+    results = []
+    for _ in range(2):
+        steps.start(PROMPTS, MASK, uniforms, torch.full((4,), LENGTH))
+        before = steps.buffers()
+        kept = [buffer.clone() for buffer in before]
+        steps.step()
+        first = steps.tokens.clone()
+        for buffer, value in zip(before, kept, strict=True):
+            buffer.copy_(value)
+        for _ in range(LENGTH - 1):
+            steps.step()
+        assert torch.equal(steps.tokens[:, :2], first[:, :2])
+        assert [b.data_ptr() for b in steps.buffers()] == [b.data_ptr() for b in before]
+        results.append(steps.result().tokens)
+    assert torch.equal(*results) and torch.equal(results[0], run(gpt2, uniforms=uniforms)[0])

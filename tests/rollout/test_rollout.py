@@ -43,7 +43,7 @@ def sample(policy, prompts, tokenizer, microbatch_size) -> Responses:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         options=SamplingOptions(),
-    )
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def test_policy_and_reference_outputs_do_not_depend_on_the_microbatch_size_and_a
     reference = Reference(policy.model)
 
     def everything(size):
-        logprobs, values, entropy = policy_outputs(policy, responses, temperature=0.8, microbatch_size=size)
+        outputs = policy_outputs(policy, responses, temperature=0.8, microbatch_size=size)
         ref = reference_logprobs(reference, responses, temperature=0.8, microbatch_size=size)
-        return {"logprobs": logprobs, "values": values, "entropy": entropy, "reference": ref}
+        return vars(outputs) | {"reference": ref}
 
     whole, padding = everything(COUNT), ~responses.response_mask
     assert padding.any()
@@ -79,7 +79,7 @@ def test_policy_and_reference_outputs_do_not_depend_on_the_microbatch_size_and_a
 
 
 def test_logprobs_of_a_ragged_rollout_are_the_plain_models_on_each_sample_alone(policy, prompts, responses):
-    logprobs, _, _ = policy_outputs(policy, responses, temperature=1.0, microbatch_size=3)
+    logprobs = policy_outputs(policy, responses, temperature=1.0, microbatch_size=3).logprobs
     for i in range(COUNT):
         sequence = prompts.tokens[i][prompts.mask[i]].tolist()
         response = responses.response_tokens[i][responses.response_mask[i]].tolist()
