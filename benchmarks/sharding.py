@@ -26,6 +26,8 @@ SMALL = ["--dataset", "movie-reviews", "--reward_model_path", "assets/distilbert
          "--rollout_batch_size", "32", "--minibatch_size", "32",
          "--rollout_microbatch_size", "16", "--microbatch_size", "4"]  # fmt: skip
 
+PHASES = ("sample", "reference", "forward")
+
 
 def run(model: Path, directory: Path, *options: str) -> list[dict[str, float]]:
     """Train a few steps; the figures of each."""
@@ -36,7 +38,7 @@ def run(model: Path, directory: Path, *options: str) -> list[dict[str, float]]:
 
 def rollout_seconds(steps: list[dict[str, float]]) -> float:
     """Median of the steps after the first, which warms up."""
-    return statistics.median(step["time/sample_seconds"] + step["time/forward_seconds"] for step in steps[1:])
+    return statistics.median(sum(step.get(f"time/{p}_seconds", 0.0) for p in PHASES) for step in steps[1:])
 
 
 def main() -> None:
