@@ -15,7 +15,7 @@ import platform
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from benchmarks.work import best_seconds, save_result, spread
+from benchmarks.work import best_seconds, save_result, spread, under_launch_settings
 from pipeline.data.prompts import PromptBatch
 from pipeline.models.kernels import use_fast_kernels
 from pipeline.rollout.decoding import DecodeGraphs
@@ -25,9 +25,10 @@ from pipeline.rollout.sampling import SamplingOptions
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in (("batch", 32), ("prompt", 8), ("response", 24), ("rounds", 5)):
+    for name, value in (("batch", 32), ("prompt", 8), ("response", 24), ("rounds", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)
     arguments = parser.parse_args()
+    under_launch_settings()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(GPT2Config(pad_token_id=0)).eval().to(device)

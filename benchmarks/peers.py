@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.work import ROOT, save_result, spread
+from benchmarks.work import MALLOC, ROOT, save_result, spread
 
 PINS = {
     "trl_1_12": [["torch==2.13.0", "trl==1.12.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0"]],
@@ -34,10 +34,7 @@ PINS = {
         ["setuptools<70"],  # against torch's own wish, which pip would not go against in one go
     ],
 }  # fmt: skip
-# As launch.sh sets it for a CPU; all get it.
-ENVIRONMENT = {
-    **os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33), "HF_HUB_OFFLINE": "1",
-}  # fmt: skip
+ENVIRONMENT = {**os.environ, **MALLOC, "HF_HUB_OFFLINE": "1"}  # the same for all
 
 
 def environment(name: str) -> Path:

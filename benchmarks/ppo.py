@@ -19,7 +19,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.real_size import ROOT, save_gpt2
-from benchmarks.work import copy_bandwidth, forward_flops, product_ceiling, save_result, spread
+from benchmarks.work import (
+    copy_bandwidth,
+    decode_bytes,
+    forward_flops,
+    product_ceiling,
+    save_result,
+    spread,
+    under_launch_settings,
+)
 from pipeline.assembly import build_parts, open_data, parse_config
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.signals import StopRequest
@@ -68,6 +76,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--save", help="name of the file in benchmarks/results")
     arguments = parser.parse_args()
+    under_launch_settings()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,8 +93,7 @@ def main() -> None:
     step = seconds["step"]["median"]
     forward = forward_flops(trainer.policy.model, arguments.prompt, arguments.response)
     flops = (2 + 3 * arguments.epochs) * forward * arguments.batch / step
-    weights = sum(p.numel() for p in trainer.policy.model.parameters()) * dtype.itemsize
-    decode_bytes = weights * arguments.response / seconds["sample"]["median"]
+    read = decode_bytes(trainer.policy.model, arguments.batch, arguments.prompt, arguments.response, dtype)
     result = {
         "settings": vars(arguments),
         "seconds": {name: {k: round(v, 3) for k, v in value.items()} for name, value in seconds.items()},
@@ -95,7 +103,7 @@ def main() -> None:
         "gigaflop_per_second": round(flops / 1e9, 1),
         "product_ceiling_gigaflop_per_second": round(ceiling / 1e9, 1),
         "share_of_ceiling": round(flops / ceiling, 3),
-        "decode_share_of_copy_bandwidth": round(decode_bytes / bandwidth, 3),
+        "decode_share_of_copy_bandwidth": round(read / seconds["sample"]["median"] / bandwidth, 3),
         "peak_gigabytes": round(steps[-1]["memory/peak_gigabytes"], 2),
         "first_minibatch_ratio_deviation": max(s["ppo/first_minibatch_ratio_deviation"] for s in steps),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",

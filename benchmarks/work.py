@@ -6,7 +6,9 @@ epoch, a forward and a backward of two: 14 forwards with four epochs. Attention'
 """
 
 import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 ROOT = Path(__file__).resolve().parents[1]
+# What launch.sh sets for a CPU: glibc keeps large tensors instead of handing them back after each operation.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+
+
+def under_launch_settings() -> None:
+    """Start this process again with launch.sh's memory settings where it lacks them; glibc reads them at the start."""
+    if MALLOC.items() - os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **MALLOC})
 
 
 def forward_flops(model: nn.Module, prompt: int, response: int) -> float:
@@ -23,6 +33,16 @@ def forward_flops(model: nn.Module, prompt: int, response: int) -> float:
     head = model.get_output_embeddings()
     trunk = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
     return 2.0 * trunk * (prompt + response) + 2.0 * head.weight.numel() * response
+
+
+def decode_bytes(model: nn.Module, batch: int, prompt: int, response: int, dtype: torch.dtype) -> float:
+    """Bytes that sampling a batch has to read: for each token all weights once, and the keys and values so far."""
+    config = model.config
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    position = 2 * config.num_hidden_layers * key_heads * head_size * batch
+    weights = sum(p.numel() for p in model.parameters())
+    return dtype.itemsize * sum(weights + position * (prompt + token) for token in range(response))
 
 
 def best_seconds(action: Callable[[], object], repeats: int, device: torch.device) -> float:

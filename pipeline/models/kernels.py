@@ -55,7 +55,7 @@ def cpu_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query * scaling, key.transpose(2, 3)).float()
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(torch.float32).min)
+        scores = torch.where(attention_mask, scores, torch.finfo(torch.float32).min)
     weights = scores.softmax(-1).to(value.dtype)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
 

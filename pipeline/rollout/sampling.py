@@ -67,7 +67,9 @@ def restrict(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
 
 def next_tokens(logits: Tensor, uniforms: Tensor, step: Tensor, eos_token_id: int, options: SamplingOptions) -> Tensor:
     """Tokens (B,) for response position `step` (1,), from logits (B, V) and uniforms (B,)."""
-    logits = logits.float() / options.temperature
+    logits = logits.float()
+    if options.temperature != 1.0:
+        logits = logits / options.temperature
     if options.min_tokens:
         held = logits.clone()
         held[:, eos_token_id] = -torch.inf
