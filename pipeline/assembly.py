@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -19,7 +20,10 @@ from pipeline.models.policy import Policy, Reference
 from pipeline.rewards.loading import SENTIMENT, load_function, load_reward
 from pipeline.rewards.protocol import Reward, checked_measures, checked_scores
 from pipeline.rewards.sentiment import label_index
+from pipeline.rollout.sizing import largest_microbatch
 from pipeline.runtime.command import parse_recipe, split_recipe
+from pipeline.runtime.distributed import agreed_minimum, free_memory_bytes
+from pipeline.runtime.engine import precision
 from pipeline.trainer import sampling_options
 
 # The bars of the libraries would tear the run's own.
@@ -117,6 +121,27 @@ def build_parts(config: Config, data: Data, device: torch.device) -> Parts:
         model.model_path, lora=lora, adapter_path=model.adapter_path, device=device
     )
     return Parts(policy, reference, reward)
+
+
+def choose_rollout_microbatch(config: Config, accelerator: Accelerator, policy: Policy, samples: int) -> None:
+    """Set `rollout_microbatch_size` where the recipe leaves it open, to one number on all workers: collective.
+
+    Args:
+        samples: sequences of the largest batch, over all workers.
+    """
+    if config.rollout.rollout_microbatch_size is not None:
+        return
+    device = accelerator.device
+    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    chosen = largest_microbatch(
+        policy.config,
+        -(-samples // accelerator.num_processes),
+        config.data.prompt_max_tokens + config.rollout.response_max_tokens,
+        free_bytes=free_memory_bytes(device) - 12 * trainable,  # gradients and Adam's moments are still to come
+        itemsize=4 if precision(accelerator) == "no" else 2,
+        on_cpu=device.type == "cpu",
+    )
+    config.rollout.rollout_microbatch_size = agreed_minimum(accelerator, chosen)
 
 
 def sampling_warning(config: Config) -> str | None:

@@ -68,7 +68,9 @@ class RolloutSettings(Checked):
     """Sampling."""
 
     rollout_batch_size: int = setting(128, "Responses sampled per PPO step, over all workers.")
-    rollout_microbatch_size: int = setting(128, "Sequences per forward without gradient, per worker.")
+    rollout_microbatch_size: int | None = setting(
+        None, "Sequences per forward without gradient, per worker; null: as many as memory allows."
+    )
     response_min_tokens: int = setting(4, "Smallest per-sample length limit, in tokens; EOS may end it earlier.")
     response_max_tokens: int = setting(16, "Largest per-sample length limit, in tokens.")
     temperature: float = setting(1.0, "Divides the logits of policy and reference alike.")
@@ -79,10 +81,10 @@ class RolloutSettings(Checked):
     def check(self):
         require(self.rollout_batch_size > 1, "rollout_batch_size", self.rollout_batch_size, "must be at least 2")
         require(
-            self.rollout_microbatch_size > 0,
+            self.rollout_microbatch_size is None or self.rollout_microbatch_size > 0,
             "rollout_microbatch_size",
             self.rollout_microbatch_size,
-            "must be positive",
+            "must be positive, or null",
         )
         require(
             1 <= self.response_min_tokens <= self.response_max_tokens,
@@ -126,6 +128,12 @@ class PPOSettings(Checked):
     ppo_epochs: int = setting(4, "Passes over each rollout batch.")
     minibatch_size: int = setting(32, "Samples per optimiser step, over all workers.")
     microbatch_size: int = setting(32, "Sequences per forward with gradient, per worker; changes memory, not results.")
+    gradient_checkpointing: bool = setting(
+        False, "Keep of each block only its input and compute the rest again in backward: less memory, more time."
+    )
+    torch_compile: bool = setting(
+        False, "Compile the policy's blocks for the update: a minute at the start, then faster steps."
+    )
     learning_rate: float = setting(1e-4, "Adam's learning rate at the first step.")
     learning_rate_schedule: Literal["linear", "constant"] = setting("linear", "linear falls by 1/steps of it a step.")
     warmup_steps: int = setting(0, "First PPO steps, over which the learning rate is also scaled up linearly.")

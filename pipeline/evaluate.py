@@ -12,7 +12,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from pipeline.assembly import Data, Parts, open_data, open_reward, parse_config
+from pipeline.assembly import Data, Parts, choose_rollout_microbatch, open_data, open_reward, parse_config
 from pipeline.config import Config, ConfigError
 from pipeline.errors import end_worker, user_errors
 from pipeline.evaluation import evaluate
@@ -31,6 +31,7 @@ def main() -> None:
         run, config = open_run(sys.argv[1:])
         accelerator = make_accelerator(config.run.mixed_precision)
         data, parts = all_or_none(accelerator, lambda: prepare(run, config, accelerator))
+        choose_rollout_microbatch(config, accelerator, parts.policy, config.run.evaluation_prompts)
         evaluation = evaluate(
             accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config
         )

@@ -22,6 +22,7 @@ FINISHED = "finished"  # an empty file: the run has nothing left to do
 FREE_TO_CHANGE = {
     "output_dir", "resume", "save_every_steps", "keep_last", "samples_every_steps", "profile", "evaluation_prompts",
     "report_to", "wandb_project", "microbatch_size", "rollout_microbatch_size", "reward_batch_size", "shard_reference",
+    "gradient_checkpointing", "torch_compile",
 }  # fmt: skip
 
 
@@ -74,9 +75,14 @@ def _named(path: Path, say: Callable[[str], None]) -> Path:
     return path
 
 
+def settings_of(checkpoint: Path) -> dict[str, object]:
+    """The resolved settings of the run that wrote a checkpoint."""
+    return yaml.safe_load((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
+
+
 def check_same_training(checkpoint: Path, config: Config) -> None:
     """Raise `ConfigError` with the differing settings where the run would not go on as it began."""
-    saved = yaml.safe_load((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
+    saved = settings_of(checkpoint)
     different = differing_settings(saved, config)
     if different:
         changes = "; ".join(f"{name} was {then!r} and is {now!r}" for name, (then, now) in different.items())

@@ -16,7 +16,15 @@ import signal
 
 from accelerate import Accelerator
 
-from pipeline.assembly import Data, Parts, build_parts, open_data, parse_config, sampling_warning
+from pipeline.assembly import (
+    Data,
+    Parts,
+    build_parts,
+    choose_rollout_microbatch,
+    open_data,
+    parse_config,
+    sampling_warning,
+)
 from pipeline.config import Config, require_divides_by_workers
 from pipeline.errors import (
     REWARD_FAILED,
@@ -41,10 +49,11 @@ from pipeline.run_directory import (
     claim_output_dir,
     lock_output_dir,
     plan_start,
+    settings_of,
 )
 from pipeline.runtime.checkpoints import Checkpoints, check_topology
 from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
-from pipeline.runtime.engine import check_can_shard_reference, gathered, precision, strategy
+from pipeline.runtime.engine import check_can_compile, check_can_shard_reference, gathered, precision, strategy
 from pipeline.runtime.signals import StopRequest
 from pipeline.trainer import PPOTrainer
 
@@ -68,6 +77,7 @@ def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
         )
         start = on_main(accelerator, lambda: plan_start(config, print))
         data, parts = all_or_none(accelerator, lambda: prepare(config, accelerator, start))
+        choose_rollout_microbatch(config, accelerator, parts.policy, config.rollout.rollout_batch_size)
         on_main(accelerator, lambda: claim_output_dir(config.output_dir, start))
         all_or_none(accelerator, lambda: check_shared(config.output_dir))
         if config.model.shard_reference:
@@ -98,8 +108,12 @@ def prepare(config: Config, accelerator: Accelerator, start: Start) -> tuple[Dat
     require_divides_by_workers(config, accelerator.num_processes)
     if start.checkpoint is not None:
         check_topology(start.checkpoint, strategy(accelerator), accelerator.num_processes)
+        if config.rollout.rollout_microbatch_size is None:  # another one would round otherwise
+            config.rollout.rollout_microbatch_size = settings_of(start.checkpoint).get("rollout_microbatch_size")
     if config.model.shard_reference:
         check_can_shard_reference(accelerator)
+    if config.ppo.torch_compile:
+        check_can_compile(accelerator)
     data = open_data(config)
     parts = build_parts(config, data, accelerator.device)
     trainable = sum(p.numel() for p in parts.policy.parameters() if p.requires_grad)
@@ -175,7 +189,8 @@ def describe(config: Config, data: Data, parts: Parts, accelerator: Accelerator)
         f"{' (LoRA, sharing the reference)' if parts.reference.is_shared else ' and a frozen reference'}; "
         f"{len(data.training)} training and {len(data.held_out)} held-out openings.\n"
         f"{workers} worker{'s' if workers > 1 else ''} on {accelerator.device.type} ({strategy(accelerator)}), "
-        f"precision {precision(accelerator)}: {config.rollout.rollout_batch_size // workers} rollouts and "
+        f"precision {precision(accelerator)}: {config.rollout.rollout_batch_size // workers} rollouts "
+        f"({config.rollout.rollout_microbatch_size} at a time) and "
         f"{ppo.minibatch_size // workers} of each minibatch's {ppo.minibatch_size} samples a worker; "
         f"{ppo.steps} steps of {ppo.ppo_epochs} epochs; writing to {config.output_dir}"
     )

@@ -35,6 +35,7 @@ from pipeline.rollout.rollout import (
 from pipeline.rollout.sampling import SamplingOptions, sampling_noise
 from pipeline.runtime.distributed import agreed_signal, all_or_none, gather_fields, peak_memory_gigabytes, share
 from pipeline.runtime.engine import autocast, gathered, precision, prepare_engine, settle, strategy
+from pipeline.runtime.overlap import alongside
 from pipeline.runtime.profiling import profiled
 from pipeline.runtime.signals import StopRequest
 from pipeline.update import UpdateStats, first_epoch_outputs, learning_rate_at, update_policy
@@ -65,6 +66,10 @@ class PPOTrainer:
         stop: StopRequest,
     ):
         ppo = config.ppo
+        if ppo.gradient_checkpointing:
+            policy.recompute()
+        if ppo.torch_compile:
+            policy.compile_trunk()
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
@@ -93,7 +98,8 @@ class PPOTrainer:
         self.config = config
         # Decoding token by token equals a forward over the whole to float32's rounding, and not to bfloat16's.
         self.keeps_outputs = precision(accelerator) == "no"
-        self.graphs = DecodeGraphs() if strategy(accelerator) in ("single", "ddp") else None
+        how = strategy(accelerator)
+        self.graphs = DecodeGraphs(None if how in ("single", "ddp") else f"{how} moves the weights about")
         self.kl_coef = ppo.kl_coef
         self.moments = RunningMoments() if config.reward.reward_scaling else None
         self.stop = stop
@@ -131,10 +137,11 @@ class PPOTrainer:
                 with gathered(self.engine):
                     with self._timed("sample"):
                         responses, outputs = self.sample(step, prompts)
+                    scoring = self.start_scoring(prompts, responses)
                     with self._timed("reference"):
                         ref_logprobs = self.reference_logprobs(responses)
                     with self._timed("score"):
-                        scores = self.score(prompts, responses)
+                        scores = all_or_none(self.accelerator, scoring)
                     rollout = self.gather(step, responses, ref_logprobs, scores, outputs)
                 advantages = self.advantages(rollout)
                 with self._timed("update"):
@@ -187,14 +194,19 @@ class PPOTrainer:
                 graphs=self.graphs,
             )
 
-    def score(self, prompts: PromptBatch, responses: Responses) -> Tensor:
-        """Raw scores (n,) of this worker's responses."""
-        mine = share(self.accelerator, len(prompts))
-        texts = prompts.text[mine]
-        continuations = response_texts(responses, texts, self.tokenizer)
-        with autocast(self.accelerator):
-            scores = all_or_none(self.accelerator, lambda: checked_scores(self.reward, texts, continuations))
-        return scores.to(self.accelerator.device)
+    def start_scoring(self, prompts: PromptBatch, responses: Responses) -> Callable[[], Tensor]:
+        """What gives the raw scores (n,) of this worker's responses.
+
+        Beside a GPU the texts are made, tokenized and scored while the reference reads the same responses.
+        """
+        texts = prompts.text[share(self.accelerator, len(prompts))]
+        device = self.accelerator.device
+
+        def score() -> Tensor:
+            with autocast(self.accelerator):
+                return checked_scores(self.reward, texts, response_texts(responses, texts, self.tokenizer)).to(device)
+
+        return alongside(device, score)
 
     def reference_logprobs(self, responses: Responses) -> Tensor:
         """Log-probs (n, R) of this worker's responses under the reference."""

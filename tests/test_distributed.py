@@ -70,6 +70,13 @@ def test_however_the_work_is_shared_the_run_is_the_same(tmp_path, tiny_recipe, a
     torch.testing.assert_close(logits, torch.load(expected / "logits.pt"), atol=1e-3, rtol=1e-3)
 
 
+def test_recomputed_blocks_under_zero3_follow_the_same_run(tmp_path, tiny_recipe, alone):
+    shared = recorded(tmp_path / "shared", tiny_recipe, 2, "--gradient_checkpointing", "true", config="zero3")
+    for a, b in zip(metrics(alone[()] / "run"), metrics(shared / "run"), strict=True):
+        for name in ("ppo/policy_loss", "ppo/value_loss", "ppo/gradient_norm", "reward/mean", "kl/sequence_k1"):
+            assert b[name] == pytest.approx(a[name], abs=1e-4, rel=1e-4), name
+
+
 def test_a_sharded_policy_and_reference_with_heads_of_their_own_say_what_replicated_ones_do(
     tmp_path, tiny_recipe, untied_lm
 ):

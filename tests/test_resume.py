@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from launching import metrics
 from safetensors.torch import load_file
 
@@ -149,6 +150,18 @@ def test_a_full_disk_warns_and_the_run_goes_on(start, tmp_path, monkeypatch):
     code, said = start("run", "--save_every_steps", "1")
     assert code == 0 and "warning: no checkpoint could be written" in said and "No space left on device" in said
     assert len(metrics(tmp_path / "run")) == 3
+
+
+def test_how_many_memory_allowed_at_the_start_is_how_many_go_on(start, tmp_path, monkeypatch):
+    def used():
+        return yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["rollout_microbatch_size"]
+
+    code, said = start("run", "--rollout_microbatch_size", "null", stop_before=2)
+    assert code == 143 and used() == 16 and "16 rollouts (16 at a time)" in said
+    monkeypatch.setattr("pipeline.assembly.free_memory_bytes", lambda device: 0.0)
+    assert start("run", "--rollout_microbatch_size", "null")[0] == 0 and used() == 16
+    assert start("other", "--rollout_microbatch_size", "null", "--steps", "1")[0] == 0
+    assert yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())["rollout_microbatch_size"] == 1
 
 
 def test_two_runs_cannot_write_into_one_directory(start, tmp_path):

@@ -58,7 +58,8 @@ def layout_of(model: nn.Module) -> Layout:
         return logits.shape == alone.shape and bool((logits - alone).abs().max() <= tolerance * alone.abs().max())
 
     head = output_head(model)
-    plain_head = agrees(torch.cat([head(_trunk(lm, input_ids=sample.unsqueeze(0)))[0] for sample in samples]))
+    states = [_states(lm.base_model, input_ids=sample.unsqueeze(0)) for sample in samples]
+    plain_head = agrees(torch.cat([head(state)[0] for state in states]))
     end_to_end = False
     if accepts(model, "position_ids"):
         positions = torch.cat([torch.arange(len(sample), device=device) for sample in samples]).unsqueeze(0)
@@ -75,8 +76,8 @@ def longest_by_mask(model: nn.Module) -> int:
     return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 2**31
 
 
-def _trunk(lm: nn.Module, **inputs: Tensor) -> Tensor:
-    return lm.base_model(**inputs, use_cache=False).last_hidden_state
+def _states(trunk: nn.Module, **inputs: Tensor) -> Tensor:
+    return trunk(**inputs, use_cache=False).last_hidden_state
 
 
 def _inputs(model: nn.Module, packed: Packed) -> dict[str, Tensor]:
@@ -88,9 +89,10 @@ def _inputs(model: nn.Module, packed: Packed) -> dict[str, Tensor]:
     return inputs
 
 
-def response_states(model: nn.Module, packed: Packed) -> Tensor:
-    """The trunk's hidden states (T, H) at the positions before each response token."""
-    return _trunk(causal_lm(model), **_inputs(model, packed)).flatten(0, 1)[packed.read]
+def response_states(model: nn.Module, packed: Packed, trunk: nn.Module | None = None) -> Tensor:
+    """The trunk's hidden states (T, H) at the positions before each response token; `trunk` may be a compiled one."""
+    trunk = causal_lm(model).base_model if trunk is None else trunk
+    return _states(trunk, **_inputs(model, packed)).flatten(0, 1)[packed.read]
 
 
 def response_logits(model: nn.Module, packed: Packed) -> tuple[Tensor, Tensor]:

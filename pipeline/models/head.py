@@ -86,7 +86,7 @@ def head_loss(
         head: its weight (V, H) is used itself.
         hidden: (T, H).
         token_loss: the loss of each token as a function of its log-prob.
-        scale: applied after the matrix products, which in half precision want gradients that are not tiny.
+        scale: in float16, which has no numbers that small, it is applied after the matrix products.
     """
     return _HeadLoss.apply(hidden, head.weight, head.bias, targets, token_loss, temperature, scale)
 
@@ -103,35 +103,43 @@ class _HeadLoss(torch.autograd.Function):
             bias_gradient = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
             logprobs = torch.empty(len(hidden), device=hidden.device)
             loss = torch.zeros((), device=hidden.device)
+            before, after = (1.0, scale) if compute == torch.float16 else (scale, 1.0)
             for number, chunk in enumerate(_slices(len(hidden), len(weight), CHUNK_BYTES)):
                 logits = _product(states[chunk], matrix, None if bias is None else bias.to(compute))
                 logprobs[chunk], chunk_loss, gradient = _chunk_loss(
-                    logits, targets[chunk], token_loss, chunk.start, temperature
+                    logits, targets[chunk], token_loss, chunk.start, temperature, before
                 )
                 loss += chunk_loss
                 if hidden_gradient is not None:
-                    torch.mul(_product(gradient, matrix.T), scale, out=hidden_gradient[chunk])
+                    hidden_gradient[chunk] = _product(gradient, matrix.T)
                 if weight_gradient is not None:
-                    _accumulate(weight_gradient, gradient, states[chunk], scale, first=number == 0)
+                    _accumulate(weight_gradient, gradient, states[chunk], first=number == 0)
                 if bias_gradient is not None:
-                    bias_gradient += gradient.sum(0, dtype=torch.float32) * scale
-        ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
+                    bias_gradient += gradient.sum(0, dtype=torch.float32)
+            if after != 1.0:
+                for total in (hidden_gradient, weight_gradient, bias_gradient):
+                    if total is not None:
+                        total.mul_(after)
+        ctx.gradients = [hidden_gradient, weight_gradient, bias_gradient]
         ctx.mark_non_differentiable(logprobs)
         return loss * scale, logprobs
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_logprobs):
-        hidden, weight, bias = ctx.saved_tensors
+        # Given away rather than saved: autograd adds a tied embedding's gradient to a tensor that nobody else holds.
+        gradients, ctx.gradients = ctx.gradients, None
         # On CPU one is found out for nothing, and a pass over the weight's gradient saved.
-        scaled = grad_loss.device.type != "cpu" or grad_loss.item() != 1.0
-        gradients = (None if g is None else (g.mul_(grad_loss) if scaled else g) for g in (hidden, weight, bias))
+        if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_loss)
         return *gradients, None, None, None, None
 
 
 def _chunk_loss(
-    logits: Tensor, targets: Tensor, token_loss: TokenLoss, start: int, temperature: float
+    logits: Tensor, targets: Tensor, token_loss: TokenLoss, start: int, temperature: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs (t,), the sum of their losses, and its gradient (t, V) in the logits' type and place."""
+    """Log-probs (t,), the sum of their losses, and `scale` times its gradient (t, V) in the logits' type and place."""
     logprobs = torch.empty(len(logits), device=logits.device)
     loss = torch.zeros((), device=logits.device)
     gradient = logits
@@ -145,7 +153,7 @@ def _chunk_loss(
             (slope,) = torch.autograd.grad(row_loss, leaf)
         loss += row_loss.detach()
         # d logprob / d logits = (one at the target - softmax) / temperature
-        slope = (slope / temperature).unsqueeze(1)
+        slope = (slope * (scale / temperature)).unsqueeze(1)
         distribution.exp_().mul_(-slope).scatter_add_(1, target, slope)
         gradient[rows] = distribution
     return logprobs, loss, gradient
@@ -157,14 +165,14 @@ def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor
     return nn.functional.linear(rows, matrix, bias)
 
 
-def _accumulate(total: Tensor, gradient: Tensor, states: Tensor, scale: float, *, first: bool) -> None:
-    """total (V, H) += scale * gradient (t, V)^T states (t, H); the first call sets it."""
+def _accumulate(total: Tensor, gradient: Tensor, states: Tensor, *, first: bool) -> None:
+    """total (V, H) += gradient (t, V)^T states (t, H); the first call sets it."""
     if gradient.dtype == total.dtype:
-        torch.addmm(total, gradient.T, states, beta=0.0 if first else 1.0, alpha=scale, out=total)
-    elif first:  # converting and scaling in one operation is slower: it makes a copy to convert into
-        total.copy_(gradient.T @ states).mul_(scale)
+        torch.addmm(total, gradient.T, states, beta=0.0 if first else 1.0, out=total)
+    elif first:
+        total.copy_(gradient.T @ states)
     else:
-        total.add_(gradient.T @ states, alpha=scale)
+        total.add_(gradient.T @ states)
 
 
 def _slices(count: int, vocabulary: int, bytes_at_once: int) -> Iterator[slice]:

@@ -7,10 +7,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from pipeline.models.economy import compiled_trunk, enable_recomputation, recomputing
 from pipeline.models.forward import causal_lm, layout_of, output_head, response_logits, response_states
 from pipeline.models.head import TokenLoss, head_logprobs, head_loss, logits_logprobs, token_logprobs
 from pipeline.models.kernels import many_forwards
-from pipeline.models.loading import REFERENCE_ADAPTER
+from pipeline.models.loading import REFERENCE_ADAPTER, ModelError
 from pipeline.models.packing import Packed
 from pipeline.runtime.engine import gathered, shard_frozen
 
@@ -40,6 +41,26 @@ class Policy(nn.Module):
         self.value_head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self._compiled: list[nn.Module] = []  # in a list, where nobody looks for weights: they are the model's own
+
+    def recompute(self) -> None:
+        """From now on keep of each block its input only and compute the rest again for the gradient.
+
+        Raises:
+            ModelError: see `enable_recomputation`.
+        """
+        enable_recomputation(causal_lm(self.model))
+
+    def compile_trunk(self) -> None:
+        """From now on run compiled blocks in `forward`; sampling, which goes around it, does not.
+
+        Raises:
+            ModelError: the trunk's states are not all that the logits are made of.
+        """
+        if not self.layout.plain_head:
+            name = type(causal_lm(self.model)).__name__
+            raise ModelError(f"torch_compile=True: the head of {name} is not a plain one; leave it false.")
+        self._compiled = [compiled_trunk(causal_lm(self.model))]
 
     def forward(
         self,
@@ -52,10 +73,11 @@ class Policy(nn.Module):
     ) -> ResponseOutputs:
         """Log-probs and values read at the positions before each response token; `head_loss` has the last two."""
         head, entropy, loss = output_head(self.model), None, None
-        if self.layout.plain_head:
-            hidden, logits = response_states(self.model, packed), None
-        else:
-            logits, hidden = response_logits(self.model, packed)
+        with nullcontext() if token_loss is None else recomputing(self.model):
+            if self.layout.plain_head:
+                hidden, logits = response_states(self.model, packed, *self._compiled), None
+            else:
+                logits, hidden = response_logits(self.model, packed)
         if token_loss is None:
             logprobs, entropy = _logprobs(head, hidden, logits, packed, temperature, with_entropy=with_entropy)
         elif logits is None and isinstance(head, nn.Linear):

@@ -58,7 +58,7 @@ def decode(
         graphs: where CUDA graphs of earlier calls with the same model are.
     """
     steps = _Steps(model, prompts, uniforms, eos_token_id, pad_token_id, options, value_head)
-    if graphs is not None and steps.fixed and prompts.device.type == "cuda":
+    if graphs is not None and graphs.failure is None and steps.fixed and prompts.device.type == "cuda":
         steps = graphs.find(steps)
     steps.start(prompts, prompt_mask, uniforms, lengths)
     advance = steps.step if graphs is None else graphs.captured(steps)
@@ -197,13 +197,18 @@ class DecodeGraphs:
     """CUDA graphs of a model's decoding step, one for each shape, kept from rollout to rollout.
 
     A graph reads the weights where they lie, so it stays right as long as they are updated in place. A model that
-    cannot be captured is decoded by the plain loop, and `failure` says why.
+    cannot be captured is decoded by the plain loop; that is warned of once, and `failure` says why.
     """
 
-    def __init__(self):
+    def __init__(self, failure: str | None = None):
+        """
+        Args:
+            failure: why there is to be no graph, where that is known beforehand.
+        """
+        self._said = False
         self._steps: dict[tuple[object, ...], _Steps] = {}
         self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
-        self.failure: str | None = None
+        self.failure = failure
 
     def find(self, steps: _Steps) -> _Steps:
         """The buffers of that shape: those of an earlier call, where a graph has their addresses."""
@@ -211,17 +216,25 @@ class DecodeGraphs:
 
     def captured(self, steps: _Steps) -> Callable[[], object]:
         """What makes one step: the graph's replay, or the step itself."""
-        if not steps.fixed or steps.tokens.device.type != "cuda" or self.failure is not None:
+        if steps.tokens.device.type != "cuda":
             return steps.step
+        if not steps.fixed:
+            self.failure = self.failure or "the model's cache or mask has no fixed shape"
         graph = self._graphs.get(steps.shape)
-        if graph is None:
+        if graph is None and self.failure is None:
             try:
                 graph = self._graphs[steps.shape] = _capture(steps)
             except RuntimeError as error:
                 self.failure = str(error).splitlines()[0]
-                warnings.warn(f"sampling without a CUDA graph, more slowly: {self.failure}", stacklevel=2)
-                return steps.step
-        return graph.replay
+        if self.failure is None:
+            return graph.replay
+        self._say()
+        return steps.step
+
+    def _say(self) -> None:
+        if not self._said:
+            warnings.warn(f"sampling without a CUDA graph, more slowly: {self.failure}", stacklevel=3)
+        self._said = True
 
 
 def _capture(steps: _Steps) -> torch.cuda.CUDAGraph:

@@ -89,7 +89,7 @@ def sample_responses(
     """
     device = next(model.parameters()).device
     parts, outputs = [], []
-    with many_forwards(model, keep=graphs is not None):
+    with many_forwards(model, keep=graphs is not None and graphs.failure is None):
         for start in range(0, len(prompts), microbatch_size):
             part = prompts.slice(start, start + microbatch_size)
             tokens, mask = part.tokens.to(device), part.mask.to(device)
@@ -147,9 +147,8 @@ def _microbatches(responses: Responses, layout: Layout, size: int) -> Iterator[P
 def response_texts(responses: Responses, prompt_texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What follows each prompt as text. Decoded with the prompt, since decoders may drop a leading space."""
     texts = []
-    for tokens, mask, prompt_mask, prompt in zip(
-        responses.tokens, responses.mask, responses.prompt_mask, prompt_texts, strict=True
-    ):
+    rows = (x.cpu() for x in (responses.tokens, responses.mask, responses.prompt_mask))
+    for tokens, mask, prompt_mask, prompt in zip(*rows, prompt_texts, strict=True):
         whole = tokenizer.decode(tokens[mask], skip_special_tokens=True)
         if whole.startswith(prompt):
             texts.append(whole[len(prompt) :])

@@ -8,6 +8,7 @@ from dataclasses import fields
 from datetime import timedelta
 from typing import TypeVar
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
@@ -61,6 +62,13 @@ def peak_memory_gigabytes(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def free_memory_bytes(device: torch.device) -> float:
+    """Memory that this worker may still take: of its GPU, else its part of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def share(accelerator: Accelerator, total: int) -> slice:
     """This worker's part of `total` samples; `total` is a multiple of the number of workers."""
     size = total // accelerator.num_processes
@@ -87,6 +95,13 @@ def agreed_signal(accelerator: Accelerator, number: int) -> int:
     if accelerator.num_processes == 1:
         return number
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device, dtype=torch.int32)).max())
+
+
+def agreed_minimum(accelerator: Accelerator, number: int) -> int:
+    """The smallest of the workers' numbers, the same on all of them."""
+    if accelerator.num_processes == 1:
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).min())
 
 
 def all_or_none(accelerator: Accelerator, action: Callable[[], T]) -> T:

@@ -159,6 +159,15 @@ def check_can_shard_reference(accelerator: Accelerator) -> None:
         )
 
 
+def check_can_compile(accelerator: Accelerator) -> None:
+    """Raise `EngineError` where `torch_compile` was asked for and weights come and go with each block."""
+    if strategy(accelerator) in ("zero3", "fsdp2"):
+        raise EngineError(
+            f"torch_compile=True does not go with {strategy(accelerator)}, which gathers each block's weights in "
+            f"between; leave it false, or use --config zero2."
+        )
+
+
 def shard_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Share a frozen model's weights out over the workers, in place; returns the engine for `gathered`.
 
