@@ -1,6 +1,7 @@
 """What workers exchange in a PPO step and how long that takes, for 1, 2 and 4 CPU processes.
 
     python -m benchmarks.scaling                  # about three minutes of two cores
+    python -m benchmarks.scaling --expect         # no measurement: the table of benchmarks/scaling.md
 
 Runs recipes/quickstart.yaml for a few steps with 1, 2 and 4 processes of one thread each, and times the exchanges of
 a step by themselves: gathering the rollout batch, summing the gradients. Writes
@@ -11,8 +12,11 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,7 +46,7 @@ def exchanges(rank: int, world: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def _median(action, repeats: int) -> float:
+def _median(action: Callable[[], object], repeats: int) -> float:
     seconds = []
     for _ in range(repeats + 1):
         dist.barrier()
@@ -52,7 +56,85 @@ def _median(action, repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a GPT-2."""
+
+    name: str
+    layers: int
+    width: int
+    vocabulary: int = 50257
+
+    @property
+    def trunk(self) -> float:
+        return 12.0 * self.layers * self.width**2
+
+    @property
+    def head(self) -> float:
+        return float(self.vocabulary * self.width)
+
+    @property
+    def parameters(self) -> float:
+        return self.trunk + self.head
+
+
+MODELS = (Model("124 M", 12, 768), Model("1.5 B", 48, 1600))
+PROMPT, RESPONSE, EPOCHS, ROLLOUTS, MINIBATCH = 8, 24, 4, 512, 128
+# Assumed of an H100 in bf16; none of it measured here.
+PRODUCTS, MEMORY, NVLINK, NETWORK = 790e12 * 0.3, 3.35e12 * 0.5, 300e9, 40e9  # FLOP/s, bytes/s; the last two a GPU
+
+
+def gradient_bytes(model: Model, strategy: str) -> float:
+    """What a worker sends in an optimiser step of one microbatch, in the limit of many workers; everything float32.
+
+    Data parallelism's all-reduce is a reduce-scatter and an all-gather; ZeRO-1 and -2 scatter gradients and gather new
+    weights instead, which is as much. ZeRO-3 gathers the weights for the forward and again for the backward.
+    """
+    return 4.0 * model.parameters * (3 if strategy == "zero3" else 2)
+
+
+def expected_seconds(
+    model: Model, strategy: str, workers: int, bandwidth: float, rollouts: int, minibatch: int
+) -> dict:
+    """Seconds of a PPO step's parts on each of `workers` GPUs, nothing overlapped; sizes are global."""
+    forward = 2.0 * model.trunk * (PROMPT + RESPONSE) + 2.0 * model.head * RESPONSE
+    mine = rollouts / workers
+    cache = 2 * 2 * model.layers * model.width * (PROMPT + RESPONSE / 2) * mine
+    decode = RESPONSE * (2 * model.parameters + cache) / MEMORY
+    part = (workers - 1) / workers
+    optimizer_steps = EPOCHS * rollouts // minibatch
+    return {
+        "decode": decode,
+        "products": (2 + 3 * EPOCHS - 1) * forward * mine / PRODUCTS,  # decoding is counted above
+        "gradients": optimizer_steps * part * gradient_bytes(model, strategy) / bandwidth,
+        "weights": part * 4 * model.parameters / bandwidth if strategy == "zero3" else 0.0,
+        "rollout": part * rollouts * RESPONSE * (8 + 1 + 4 * 4) / bandwidth,
+    }
+
+
+def print_expectations() -> None:
+    """Efficiency: one GPU's time for the work over all GPUs' time together."""
+    print("| model | workers | sizes | strategy | step, ms | of it gradients, ms | rollout gather, ms | efficiency |")
+    print("|---|---|---|---|---:|---:|---:|---:|")
+    for model in MODELS:
+        for where, workers, bandwidth in (("8 GPUs, NVLink", 8, NVLINK), ("8 nodes x 8", 64, NETWORK)):
+            for sizes, factor in (("fixed", 1), ("a worker", workers)):
+                work = (ROLLOUTS * factor, MINIBATCH * factor)
+                alone = sum(expected_seconds(model, "ddp", 1, bandwidth, *work).values())
+                for names, strategy in (("ddp, zero1, zero2", "ddp"), ("zero3", "zero3")):
+                    parts = expected_seconds(model, strategy, workers, bandwidth, *work)
+                    step = sum(parts.values())
+                    print(
+                        f"| {model.name} | {where} | {sizes} | {names} | {1e3 * step:.0f} "
+                        f"| {1e3 * parts['gradients']:.0f} | {1e3 * parts['rollout']:.3f} "
+                        f"| {alone / workers / step:.0%} |"
+                    )
+
+
 def main() -> None:
+    if "--expect" in sys.argv[1:]:
+        print_expectations()
+        return
     result = {"rollout_bytes": ROLLOUT_BYTES, "cores": os.cpu_count(), "torch": torch.__version__, "processes": {}}
     with tempfile.TemporaryDirectory() as folder:
         for world in PROCESSES:
