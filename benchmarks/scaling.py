@@ -105,7 +105,7 @@ def expected_seconds(
     optimizer_steps = EPOCHS * rollouts // minibatch
     return {
         "decode": decode,
-        "products": (2 + 3 * EPOCHS - 1) * forward * mine / PRODUCTS,  # decoding is counted above
+        "products": (2 + 3 * EPOCHS) * forward * mine / PRODUCTS,  # reference, reading in bf16, epochs
         "gradients": optimizer_steps * part * gradient_bytes(model, strategy) / bandwidth,
         "weights": part * 4 * model.parameters / bandwidth if strategy == "zero3" else 0.0,
         "rollout": part * rollouts * RESPONSE * (8 + 1 + 4 * 4) / bandwidth,

@@ -1,10 +1,8 @@
 """The PPO loop: rollout, score, gather, advantages, update, report. Each step is a method below, in that order."""
 
 import math
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from pipeline.metrics import step_metrics
 from pipeline.models.forward import output_head
 from pipeline.models.packing import pack
 from pipeline.models.policy import Policy, Reference
+from pipeline.phases import Phases
 from pipeline.ppo.advantages import Advantages, compute_advantages
 from pipeline.ppo.kl import adapted_kl_coef, kl_estimate
 from pipeline.rewards.protocol import Reward, checked_scores
@@ -105,7 +104,7 @@ class PPOTrainer:
         self.stop = stop
         self.stopped_by = 0  # number of the signal that ended the loop early
         self.finished = 0  # steps done
-        self._seconds: dict[str, float] = defaultdict(float)
+        self.phases = Phases(config, accelerator.device)
         self._settle()
 
     def state(self) -> dict[str, object]:
@@ -131,20 +130,20 @@ class PPOTrainer:
             RewardError: the reward broke its contract; the policy keeps what it learned until then.
         """
         for step in range(self.finished, self.config.ppo.steps):
-            self._seconds.clear()
-            with self._profiled(step + 1), self._timed("step"):
+            self.phases.seconds.clear()
+            with self._profiled(step + 1), self.phases.timed("step"):
                 prompts = self.draw_prompts(step)
                 with gathered(self.engine):
-                    with self._timed("sample"):
+                    with self.phases.timed("sample"):
                         responses, outputs = self.sample(step, prompts)
                     scoring = self.start_scoring(prompts, responses)
-                    with self._timed("reference"):
+                    with self.phases.timed("reference"):
                         ref_logprobs = self.reference_logprobs(responses)
-                    with self._timed("score"):
+                    with self.phases.timed("score"):
                         scores = all_or_none(self.accelerator, scoring)
                     rollout = self.gather(step, responses, ref_logprobs, scores, outputs)
                 advantages = self.advantages(rollout)
-                with self._timed("update"):
+                with self.phases.timed("update"):
                     stats = self.update(step, rollout, advantages)
             metrics = self.metrics(step, rollout, advantages, stats)
             self.adapt_kl_coef(metrics["kl/sequence_k1"])
@@ -230,7 +229,7 @@ class PPOTrainer:
         if outputs is not None:
             outputs = gather_fields(self.accelerator, outputs)
         else:
-            with self._timed("forward"), autocast(self.accelerator):
+            with self.phases.timed("forward"), autocast(self.accelerator):
                 outputs = first_epoch_outputs(
                     self.accelerator,
                     self.policy,
@@ -290,10 +289,10 @@ class PPOTrainer:
             "kl/coef": self.kl_coef,
             "ppo/learning_rate": learning_rate_at(step, self.config.ppo),
             **{f"ppo/{name}": value for name, value in vars(stats).items()},
-            **{f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()},
+            **{f"time/{name}_seconds": seconds for name, seconds in self.phases.seconds.items()},
             "memory/peak_gigabytes": peak_memory_gigabytes(self.accelerator.device),
-            "throughput/samples_per_second": len(rollout) / self._seconds["step"],
-            "throughput/tokens_per_second": rollout.response_mask.sum().item() / self._seconds["step"],
+            "throughput/samples_per_second": len(rollout) / self.phases.seconds["step"],
+            "throughput/tokens_per_second": rollout.response_mask.sum().item() / self.phases.seconds["step"],
         }
 
     def sample_rows(self, rollout: Rollout, prompts: PromptBatch, count: int = 2) -> SampleRows:
@@ -316,38 +315,3 @@ class PPOTrainer:
             self.optimizer,
             lambda: self.engine(packed, token_loss=lambda logprobs, _rows: logprobs),
         )
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        except RuntimeError as error:
-            told = out_of_memory(error, phase, self.config)
-            if told is None:
-                raise
-            raise told from error
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._seconds[phase] += time.perf_counter() - start
-
-
-# What each phase's memory grows with.
-MEMORY_SETTINGS = {
-    "sample": "rollout_microbatch_size",
-    "score": "reward_batch_size",
-    "reference": "rollout_microbatch_size",
-    "forward": "microbatch_size",
-    "update": "microbatch_size",
-}
-
-
-def out_of_memory(error: Exception, phase: str, config: Config) -> Exception | None:
-    """An error that names the setting to lower, where `error` says that memory ran out."""
-    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-        return None
-    name = MEMORY_SETTINGS.get(phase)
-    if name is None:
-        return None
-    value = config.as_dict()[name]
-    return MemoryError(f"out of memory ({phase}): lower {name}={value}, which changes nothing else. {error}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.models.kernels import cpu_product
 
 CHUNK_BYTES = 2**27  # of float32 logits
+READ_BYTES_ON_CPU = 2**25  # where no gradient is wanted: larger tensors come from the system page by page
 CACHED_BYTES = 2**22  # of them at once while a CPU works through a chunk
 
 # From log-probs (t,) and where they stand among all T to the loss of each token (t,).
@@ -37,7 +38,8 @@ def head_logprobs(
     """
     logprobs = torch.empty(len(hidden), device=hidden.device)
     entropy = torch.empty_like(logprobs) if with_entropy else None
-    for chunk in _slices(len(hidden), head.out_features, CHUNK_BYTES):
+    at_once = min(CHUNK_BYTES, READ_BYTES_ON_CPU) if hidden.device.type == "cpu" else CHUNK_BYTES
+    for chunk in _slices(len(hidden), head.out_features, at_once):
         logits = head(hidden[chunk])
         logprobs[chunk], chunk_entropy = logits_logprobs(logits, targets[chunk], temperature, with_entropy=with_entropy)
         if with_entropy:
@@ -144,9 +146,12 @@ def _chunk_loss(
     loss = torch.zeros((), device=logits.device)
     gradient = logits
     for rows in _cached_rows(logits):
-        distribution = _scaled(logits[rows], temperature).log_softmax(-1)
-        target = targets[rows].unsqueeze(1)
-        logprobs[rows] = distribution.gather(1, target).squeeze(1)
+        scaled, target = _scaled(logits[rows], temperature), targets[rows].unsqueeze(1)
+        scaled -= scaled.amax(1, keepdim=True)
+        chosen = scaled.gather(1, target)
+        distribution = scaled.exp_()  # a CPU's log_softmax takes several times as long
+        total = distribution.sum(1, keepdim=True)
+        logprobs[rows] = (chosen - total.log()).squeeze(1)
         with torch.enable_grad():
             leaf = logprobs[rows].clone().requires_grad_()
             row_loss = token_loss(leaf, slice(start + rows.start, start + rows.stop)).sum()
@@ -154,7 +159,7 @@ def _chunk_loss(
         loss += row_loss.detach()
         # d logprob / d logits = (one at the target - softmax) / temperature
         slope = (slope * (scale / temperature)).unsqueeze(1)
-        distribution.exp_().mul_(-slope).scatter_add_(1, target, slope)
+        distribution.mul_(-slope / total).scatter_add_(1, target, slope)
         gradient[rows] = distribution
     return logprobs, loss, gradient
 

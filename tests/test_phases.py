@@ -1,11 +1,11 @@
-"""What the loop says when memory runs out."""
+"""What a phase says when memory runs out."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pipeline.trainer import out_of_memory
+from pipeline.phases import out_of_memory
 
 CONFIG = SimpleNamespace(
     as_dict=lambda: {"rollout_microbatch_size": 64, "reward_batch_size": 128, "microbatch_size": 32}
