@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.config import SECTIONS, Config
 from pipeline.data.prompts import Openings, make_openings
 from pipeline.data.sources import load_reviews
+from pipeline.frontiers import Frontier, check_belongs, identity_of, load_frontier
 from pipeline.models.building import build_policy_and_reference
 from pipeline.models.loading import LoraSettings, check_context, load_config, load_tokenizer
 from pipeline.models.policy import Policy, Reference
@@ -47,6 +48,7 @@ class Parts:
     policy: Policy
     reference: Reference
     reward: Reward
+    frontier: Frontier | None  # of this recipe, where one is given
 
 
 def parse_config(description: str, arguments: Sequence[str] | None = None) -> Config:
@@ -120,7 +122,16 @@ def build_parts(config: Config, data: Data, device: torch.device) -> Parts:
     policy, reference = build_policy_and_reference(
         model.model_path, lora=lora, adapter_path=model.adapter_path, device=device
     )
-    return Parts(policy, reference, reward)
+    return Parts(policy, reference, reward, open_frontier(config, reference))
+
+
+def open_frontier(config: Config, reference: Reference) -> Frontier | None:
+    """The recipe's frontier; raises `ConfigError` where it cannot be read or is another recipe's."""
+    if config.run.frontier is None:
+        return None
+    frontier = load_frontier(Path(config.run.frontier))
+    check_belongs(frontier, identity_of(config, reference), config.run.frontier)
+    return frontier
 
 
 def choose_rollout_microbatch(config: Config, accelerator: Accelerator, policy: Policy, samples: int) -> None:

@@ -185,6 +185,11 @@ class RunSettings(Checked):
         "over; or the path of a checkpoint or of a run.",
     )
     evaluation_prompts: int = setting(512, "Held-out prompts of the comparison before/after; 0 skips it.")
+    frontier: str | None = setting(
+        None, "File of the best reward at each KL (python -m pipeline.frontier) to hold the evaluation against."
+    )
+    frontier_prompts: int = setting(256, "Held-out prompts of a frontier.")
+    frontier_samples: int = setting(256, "Responses of the reference to each of them.")
     samples_every_steps: int = setting(10, "Steps between samples shown on the console and logged.")
     profile: int = setting(
         0, "PPO step (from 1) to profile: a trace and the ten heaviest operations in output_dir/profile; 0: none."
@@ -199,6 +204,8 @@ class RunSettings(Checked):
         require(self.keep_last > 0, "keep_last", self.keep_last, "must be positive")
         require(self.resume != "", "resume", self.resume, "must be auto, never or a path")
         require(self.evaluation_prompts >= 0, "evaluation_prompts", self.evaluation_prompts, "must not be negative")
+        require(self.frontier_prompts > 1, "frontier_prompts", self.frontier_prompts, "must be at least 2")
+        require(self.frontier_samples > 1, "frontier_samples", self.frontier_samples, "must be at least 2")
         require(self.profile >= 0, "profile", self.profile, "must be a step, from 1, or 0 for none")
         require(self.samples_every_steps > 0, "samples_every_steps", self.samples_every_steps, "must be positive")
 

@@ -12,7 +12,15 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from pipeline.assembly import Data, Parts, choose_rollout_microbatch, open_data, open_reward, parse_config
+from pipeline.assembly import (
+    Data,
+    Parts,
+    choose_rollout_microbatch,
+    open_data,
+    open_frontier,
+    open_reward,
+    parse_config,
+)
 from pipeline.config import Config, ConfigError
 from pipeline.errors import end_worker, user_errors
 from pipeline.evaluation import evaluate
@@ -33,7 +41,14 @@ def main() -> None:
         data, parts = all_or_none(accelerator, lambda: prepare(run, config, accelerator))
         choose_rollout_microbatch(config, accelerator, parts.policy, config.run.evaluation_prompts)
         evaluation = evaluate(
-            accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config
+            accelerator,
+            parts.policy,
+            parts.reference,
+            parts.reward,
+            data.tokenizer,
+            data.held_out,
+            config,
+            parts.frontier,
         )
     if accelerator.is_main_process:
         show_evaluation(Console(0, enabled=True), evaluation, run)
@@ -65,7 +80,7 @@ def prepare(run: Path, config: Config, accelerator: Accelerator) -> tuple[Data, 
         adapter_path=config.model.adapter_path,
         device=accelerator.device,
     )
-    return data, Parts(policy, reference, reward)
+    return data, Parts(policy, reference, reward, open_frontier(config, reference))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
+from pipeline.frontiers import Frontier, overspend
 from pipeline.models.policy import Policy, Reference
 from pipeline.ppo.kl import kl_estimate
 from pipeline.rewards.protocol import Reward, checked_measures
@@ -83,8 +84,11 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     held_out: Openings,
     config: Config,
+    frontier: Frontier | None = None,
 ) -> Evaluation:
     """Compare the policy with its reference on held-out prompts; collective, the same result on every worker.
+
+    With a frontier of the same recipe also with what its KL could have bought.
 
     Raises:
         RewardError: the reward broke its contract on some response.
@@ -112,6 +116,11 @@ def evaluate(
         }
     kl = summary(after.kl[:count].cpu())
     figures |= {"kl": kl["mean"], "kl_ci95": kl["ci95"], "prompts": count}
+    if frontier is not None:
+        rewarded = names.index(config.reward.reward_scale) if config.reward.reward_scale in names else 0
+        figures["frontier"] = overspend(
+            frontier, after.measures[:count, rewarded].cpu().double().numpy(), after.kl[:count].cpu().double().numpy()
+        )
     shown = names.index("probability") if "probability" in names else 0
     rows = [
         {
@@ -204,7 +213,21 @@ def figures_table(evaluation: Evaluation) -> list[list[str]]:
             rows.append([name.replace("_", " "), f"{value:.3f}", f"{after[name]:.3f}"])
     low, high = evaluation.figures["kl_ci95"]
     kl = f"{evaluation.figures['kl']:.2f} ({low:.2f} to {high:.2f})"
-    return [*rows, ["KL from the original, nats a response", "0", kl]]
+    rows.append(["KL from the original, nats a response", "0", kl])
+    return rows + _frontier_rows(evaluation.figures.get("frontier"))
+
+
+def _frontier_rows(frontier: dict[str, object] | None) -> list[list[str]]:
+    if frontier is None:
+        return []
+    if "beyond" in frontier:
+        return [["KL overspend", "", frontier["beyond"]]]
+    rows = []
+    labels = {"kl_needed": "least KL for that reward, nats", "kl_overspend": "KL overspend (1 is perfect)"}
+    for name, label in labels.items():
+        low, high = frontier[f"{name}_ci95"]
+        rows.append([label, "", f"{frontier[name]:.2f} ({low:.2f} to {high:.2f})"])
+    return rows
 
 
 def samples_table(evaluation: Evaluation, count: int) -> list[list[str]]:

@@ -170,8 +170,9 @@ def run(
         try:
             with gathered(trainer.engine):
                 evaluation = evaluate(
-                    accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config
-                )
+                    accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config,
+                    parts.frontier,
+                )  # fmt: skip
             reporter.evaluation(evaluation)
         except UserError as error:
             return error

@@ -1,0 +1,66 @@
+"""Estimate the best reward at each KL of a recipe: what a perfect policy could do with its reference and reward.
+
+    python -m pipeline.frontier --config recipes/quickstart.yaml --frontier runs/quickstart.frontier.json
+    ./launch.sh recipes/quickstart.yaml --frontier runs/quickstart.frontier.json     # the evaluation then says how far
+
+Trains nothing: samples the reference (frontier_samples responses to each of frontier_prompts held-out prompts) and
+weights the samples. Under accelerate launch the workers share the sampling.
+"""
+
+from pathlib import Path
+
+from pipeline.assembly import (
+    choose_rollout_microbatch,
+    open_data,
+    open_reward,
+    parse_config,
+)
+from pipeline.config import ConfigError
+from pipeline.errors import end_worker, user_errors, worker_faults
+from pipeline.frontiers import Frontier, estimate_frontier
+from pipeline.models.building import build_policy_and_reference
+from pipeline.runtime.console import Console
+from pipeline.runtime.distributed import all_or_none, make_accelerator
+
+
+def main() -> None:
+    with worker_faults(), user_errors():
+        config = parse_config(__doc__)
+        if config.run.frontier is None:
+            raise ConfigError("name the file to write: --frontier runs/quickstart.frontier.json")
+        accelerator = make_accelerator(config.run.mixed_precision)
+        data = all_or_none(accelerator, lambda: open_data(config))
+        reward = all_or_none(accelerator, lambda: open_reward(config, data, accelerator.device))
+        model = config.model
+        policy, reference = all_or_none(
+            accelerator,
+            lambda: build_policy_and_reference(
+                model.model_path, lora=None, adapter_path=model.adapter_path, device=accelerator.device
+            ),
+        )
+        choose_rollout_microbatch(config, accelerator, policy, config.run.frontier_prompts * accelerator.num_processes)
+        frontier = estimate_frontier(accelerator, reference, reward, data.tokenizer, data.held_out, config)
+        if accelerator.is_main_process:
+            path = Path(config.run.frontier)
+            frontier.save(path)
+            console = Console(0, enabled=True)
+            console.table("The best reward at each KL", frontier_table(frontier))
+            console.say(f"Written to {path}")
+        accelerator.wait_for_everyone()
+    end_worker()
+
+
+def frontier_table(frontier: Frontier, rows: int = 12) -> list[list[str]]:
+    """Points of the trusted curve as rows of cells, the first row the header."""
+    table = [["KL, nats", "reward", "price of a nat", "effective samples, median"]]
+    last = int(frontier.trusted.sum())
+    rewards, kls = frontier.rewards.mean(0), frontier.kls.mean(0)
+    shown = sorted({round(i * (last - 1) / max(1, rows - 1)) for i in range(rows)}) if last else []
+    for i in shown:
+        median = sorted(frontier.effective_samples[:, i])[len(frontier.effective_samples) // 2]
+        table.append([f"{kls[i]:.2f}", f"{rewards[i]:.3f}", f"{frontier.prices[i]:.3g}", f"{median:.0f}"])
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""A recipe's frontier: made, kept, refused where it is another's, and the evaluation held against it."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from launching import launch
+
+from pipeline import frontier as command
+from pipeline import train
+from pipeline.config import ConfigError
+from pipeline.errors import STATUS_FILE_VARIABLE
+from pipeline.frontiers import Frontier, check_belongs, load_frontier, overspend
+
+
+def curves(prompts=64, seed=0, trusted=8):
+    """Frontiers of the form reward = .5 + .1 kl, a little different for each prompt."""
+    rng = np.random.default_rng(seed)
+    kls = np.linspace(0, 4.5, 10)[None] * rng.uniform(0.9, 1.1, (prompts, 1))
+    rewards = 0.5 + 0.1 * np.linspace(0, 4.5, 10)[None] + np.zeros((prompts, 1))
+    effective = np.where(np.arange(10) < trusted, 100.0, 2.0) * np.ones((prompts, 1))
+    return Frontier(np.logspace(1, -1, 10), rewards, kls, effective, 200, {"reward": "sentiment"})
+
+
+def test_the_kl_a_reward_needs_is_read_off_the_curve_with_an_interval():
+    needed, low, high = curves().kl_needed(0.7)
+    assert needed == pytest.approx(2.0, abs=0.05) and low < needed < high and high - low < 0.2
+    assert curves().kl_needed(0.4)[0] == 0.0
+
+
+def test_beyond_the_samples_nothing_is_said_and_the_reason_is():
+    assert np.isnan(curves().kl_needed(0.9)[0])
+    figures = overspend(curves(), np.full(50, 0.9), np.full(50, 6.0))
+    assert "kl_overspend" not in figures and "0.900 is at or beyond 0.850" in figures["beyond"]
+
+
+def test_overspend_is_the_ratio_with_the_uncertainty_of_both():
+    rng = np.random.default_rng(1)
+    figures = overspend(curves(), 0.7 + rng.normal(0, 0.05, 400), 6 + rng.normal(0, 1, 400))
+    low, high = figures["kl_overspend_ci95"]
+    assert figures["kl_overspend"] == pytest.approx(3.0, abs=0.15) and low < figures["kl_overspend"] < high
+    same = overspend(curves(), 0.7 + rng.normal(0, 0.05, 400), 2 + rng.normal(0, 0.1, 400))
+    assert same["kl_overspend"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_it_is_saved_and_read_back_to_five_digits(tmp_path):
+    whole = curves()
+    whole.save(tmp_path / "a" / "frontier.json")
+    again = load_frontier(tmp_path / "a" / "frontier.json")
+    assert np.allclose(again.kls, whole.kls, rtol=1e-4) and again.samples == 200 and again.identity == whole.identity
+    assert (again.trusted == whole.trusted).all()
+
+
+def test_a_file_that_is_none_is_refused_with_the_command_that_makes_one(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    for name in ("x.json", "missing.json"):
+        with pytest.raises(ConfigError, match=r"python -m pipeline\.frontier"):
+            load_frontier(tmp_path / name)
+
+
+def test_another_recipes_frontier_is_refused_by_what_differs():
+    with pytest.raises(ConfigError, match="reward is 'sentiment' there and 'mine:score' here"):
+        check_belongs(curves(), {"reward": "mine:score"}, "f.json")
+
+
+@pytest.fixture
+def run(monkeypatch, tiny_recipe, capfd):
+    """Run a command with the tiny recipe: (exit code, what it printed)."""
+    monkeypatch.delenv(STATUS_FILE_VARIABLE, raising=False)
+
+    def run(module, *settings):
+        monkeypatch.setattr(sys, "argv", ["command", "--config", tiny_recipe, *map(str, settings)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stopped:
+            code = stopped.code
+        output = capfd.readouterr()
+        return code, output.out + output.err
+
+    return run
+
+
+def test_from_the_command_to_the_evaluation_and_not_to_another_recipes(run, tmp_path, tiny_recipe):
+    path = tmp_path / "frontier.json"
+    few = ("--frontier_prompts", "5", "--frontier_samples", "64", "--frontier", path)
+    code, said = run(command, *few)
+    assert code == 0 and "The best reward at each KL" in said
+    one = load_frontier(path)
+    assert one.rewards.shape == (5, 60) and one.samples == 64
+    assert (np.diff(one.rewards.mean(0)) > -1e-9).all() and (np.diff(one.kls.mean(0)) > -1e-9).all()
+
+    code, said = run(train, "--frontier", path, "--output_dir", tmp_path / "run", "--steps", "1")
+    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())["frontier"]
+    assert code == 0 and "kl" in figures and ("kl_overspend" in figures or "beyond" in figures)
+    lora = ("--use_peft", "true", "--lora_r", "4", "--output_dir", tmp_path / "lora", "--steps", "1")
+    assert run(train, "--frontier", path, *lora)[0] == 0  # the same reference, inside an adapter's wrapper
+
+    other = ("--frontier", path, "--response_max_tokens", "9", "--output_dir", tmp_path / "other")
+    code, said = run(train, *other)
+    assert code == 2 and "response_max_tokens is 10 there and 9 here" in said
+
+    script = ["-m", "pipeline.frontier", "--config", tiny_recipe, *map(str, few[:-1]), str(tmp_path / "two.json")]
+    done = launch(2, script)
+    assert done.returncode == 0, done.stderr
+    assert np.allclose(load_frontier(tmp_path / "two.json").kls, one.kls, rtol=1e-3, atol=1e-5)
+
+
+def test_without_a_file_to_write_it_asks_for_one(run):
+    code, said = run(command)
+    assert code == 2 and "name the file to write: --frontier" in said
