@@ -1,5 +1,6 @@
 """Trading time for memory in the update, and a wait at the start for time."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,4 +41,9 @@ def recomputing(lm: nn.Module) -> Iterator[None]:
 
 def compiled_trunk(lm: nn.Module) -> nn.Module:
     """The model's trunk with its blocks compiled for any number of rows and tokens; the weights are its own."""
-    return compile_regions(lm.base_model, dynamic=True)
+    trunk = copy.copy(lm.base_model)
+    trunk.__dict__["_modules"] = {  # the copy's alone; compiling what is around the blocks brings nothing
+        name: compile_regions(child, dynamic=True) if isinstance(child, nn.ModuleList) else child
+        for name, child in lm.base_model.named_children()
+    }
+    return trunk
