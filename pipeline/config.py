@@ -132,7 +132,7 @@ class PPOSettings(Checked):
         False, "Keep of each block only its input and compute the rest again in backward: less memory, more time."
     )
     torch_compile: bool = setting(
-        False, "Compile the policy's blocks for the update: half a minute at the start; in bf16 the first ratio is not exact."
+        False, "Compile the policy's blocks for the update: in bf16 the first ratio is no longer exact."
     )
     learning_rate: float = setting(1e-4, "Adam's learning rate at the first step.")
     learning_rate_schedule: Literal["linear", "constant"] = setting("linear", "linear falls by 1/steps of it a step.")
