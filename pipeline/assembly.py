@@ -114,6 +114,8 @@ def open_reward(config: Config, data: Data, device: torch.device) -> Reward:
 
 def build_parts(config: Config, data: Data, device: torch.device) -> Parts:
     """Load reward, policy and reference onto `device`; raises as `open_reward` and `build_policy_and_reference` do."""
+    if config.run.frontier is not None:
+        load_frontier(Path(config.run.frontier))  # a fault in the file shows before a model is loaded
     reward = open_reward(config, data, device)
     model = config.model
     lora = None

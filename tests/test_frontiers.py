@@ -107,6 +107,12 @@ def test_from_the_command_to_the_evaluation_and_not_to_another_recipes(run, tmp_
     assert np.allclose(load_frontier(tmp_path / "two.json").kls, one.kls, rtol=1e-3, atol=1e-5)
 
 
+def test_a_missing_file_ends_a_training_before_a_model_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.assembly.open_reward", lambda *_: pytest.fail("the classifier was loaded"))
+    code, said = run(train, "--frontier", tmp_path / "missing.json", "--output_dir", tmp_path / "run")
+    assert code == 2 and "missing.json' cannot be read" in said and not (tmp_path / "run").exists()
+
+
 def test_without_a_file_to_write_it_asks_for_one(run):
     code, said = run(command)
     assert code == 2 and "name the file to write: --frontier" in said
