@@ -46,7 +46,7 @@ run_slurm() {
   PIPELINE_STATUS_FILE="$root/runs/.slurm-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
   export PIPELINE_STATUS_FILE
   mkdir -p runs
-  rm -f "$PIPELINE_STATUS_FILE"
+  rm -f "$root/runs/.slurm-$SLURM_JOB_ID-"* # also of an earlier start of this job that SLURM killed
   trap 'rm -f "$PIPELINE_STATUS_FILE"' EXIT
   "${start[@]}" "${command[@]}" &
   launcher=$!
@@ -55,6 +55,7 @@ run_slurm() {
   if [ -n "$received" ]; then tell_step; fi # SIGUSR1 came during the set-up
   wait_for_launcher
   read_status_file
+  rm -f "$PIPELINE_STATUS_FILE" # now: requeueing the job kills this shell
   case "$status:$received" in
     138: | 138:USR1) requeue ;; # the time is nearly up, and nobody has cancelled the job since
     # Preempted: SLURM requeues only jobs that stay until the end of their grace time.
