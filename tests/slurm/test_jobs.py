@@ -155,7 +155,9 @@ def test_a_job_stopped_for_time_and_then_preempted_is_requeued_and_ends_as_if_un
     cluster.call("scancel", "--signal=USR1", "--batch", job.number)  # as SLURM does before the time limit
     job.wait_until_requeued(1)
     job.wait_for_steps(run, 5)
-    urgent = cluster.call("sbatch", "--parsable", "--nodes=2", "--exclusive", "--partition=high", "--wrap=true")
+    urgent = cluster.call(
+        "sbatch", "--parsable", "--nodes=2", "--exclusive", "--partition=high", "--output=/dev/null", "--wrap=true"
+    )
     job.wait_until_requeued(2)
     cluster.wait(urgent, 60)
     assert job.wait("COMPLETED", 0)["Restarts"] == "2"
