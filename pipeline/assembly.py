@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.config import SECTIONS, Config
 from pipeline.data.prompts import Openings, make_openings
 from pipeline.data.sources import load_reviews
-from pipeline.frontiers import Frontier, check_belongs, identity_of, load_frontier
+from pipeline.frontiers import Frontier, check_belongs, find_frontier, identity_of, load_frontier
 from pipeline.models.building import build_policy_and_reference
 from pipeline.models.loading import LoraSettings, check_context, load_config, load_tokenizer
 from pipeline.models.policy import Policy, Reference
@@ -114,7 +114,7 @@ def open_reward(config: Config, data: Data, device: torch.device) -> Reward:
 
 def build_parts(config: Config, data: Data, device: torch.device) -> Parts:
     """Load reward, policy and reference onto `device`; raises as `open_reward` and `build_policy_and_reference` do."""
-    if config.run.frontier is not None:
+    if config.run.frontier not in ("none", "auto"):
         load_frontier(Path(config.run.frontier))  # a fault in the file shows before a model is loaded
     reward = open_reward(config, data, device)
     model = config.model
@@ -128,9 +128,11 @@ def build_parts(config: Config, data: Data, device: torch.device) -> Parts:
 
 
 def open_frontier(config: Config, reference: Reference) -> Frontier | None:
-    """The recipe's frontier; raises `ConfigError` where it cannot be read or is another recipe's."""
-    if config.run.frontier is None:
+    """The recipe's frontier, if any; raises `ConfigError` where a named one cannot be read or is another recipe's."""
+    if config.run.frontier == "none":
         return None
+    if config.run.frontier == "auto":
+        return find_frontier(config, reference)
     frontier = load_frontier(Path(config.run.frontier))
     check_belongs(frontier, identity_of(config, reference), config.run.frontier)
     return frontier

@@ -185,8 +185,10 @@ class RunSettings(Checked):
         "over; or the path of a checkpoint or of a run.",
     )
     evaluation_prompts: int = setting(512, "Held-out prompts of the comparison before/after; 0 skips it.")
-    frontier: str | None = setting(
-        None, "File of the best reward at each KL (python -m pipeline.frontier) to hold the evaluation against."
+    frontier: str = setting(
+        "auto",
+        "The best reward at each KL (python -m pipeline.frontier) to hold the evaluation against: a file; auto: one in "
+        "runs/frontiers or assets/frontiers that belongs to this recipe, if there is one; none.",
     )
     frontier_prompts: int = setting(256, "Held-out prompts of a frontier.")
     frontier_samples: int = setting(256, "Responses of the reference to each of them.")
@@ -199,6 +201,7 @@ class RunSettings(Checked):
 
     def check(self):
         require(self.output_dir != "", "output_dir", self.output_dir, "must name a directory")
+        require(self.frontier != "", "frontier", self.frontier, "must be auto, none or a file")
         require(self.seed >= 0, "seed", self.seed, "must not be negative")
         require(self.save_every_steps >= 0, "save_every_steps", self.save_every_steps, "must not be negative")
         require(self.keep_last > 0, "keep_last", self.keep_last, "must be positive")

@@ -3,8 +3,8 @@
     python -m pipeline.evaluate runs/quickstart
     python -m pipeline.evaluate runs/quickstart --evaluation_prompts 2000
 
-The run's own config.yaml says how; settings given here win over it. Prints the comparison and writes evaluation.json
-and evaluation.md into the run's directory, as the end of every training does.
+The run's own config.yaml says how; settings given here win over it. Prints the comparison and writes evaluation.json,
+evaluation.md and plane.png into the run's directory, as the end of every training does.
 """
 
 import sys

@@ -17,6 +17,7 @@ from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
 from pipeline.frontiers import Frontier, overspend
 from pipeline.models.policy import Policy, Reference
+from pipeline.plane import draw_plane, way_of
 from pipeline.ppo.kl import kl_estimate
 from pipeline.rewards.protocol import Reward, checked_measures
 from pipeline.rollout.rollout import (
@@ -27,12 +28,14 @@ from pipeline.rollout.rollout import (
     sample_responses,
 )
 from pipeline.rollout.sampling import sampling_noise
+from pipeline.run_directory import METRICS_FILE
 from pipeline.runtime.distributed import all_or_none, gather_fields, share
 from pipeline.runtime.engine import autocast
 from pipeline.trainer import sampling_options
 
 EVALUATION_SEED = 20260  # fixed, so that runs of any seed are compared on the same prompts and noise
 BOOTSTRAP_SAMPLES = 10_000
+PLANE_FILE = "plane.png"
 _WORD = re.compile(r"[\w']+|[^\w\s]")
 
 
@@ -42,6 +45,7 @@ class Evaluation:
 
     figures: dict[str, object]
     rows: list[dict[str, object]]  # prompt, before, after, before_score, after_score
+    frontier: Frontier | None = None  # what it was held against
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,23 @@ def bootstrap_interval(values: np.ndarray, *, level: float = 0.95) -> tuple[floa
 
 def distinct(texts: Sequence[str], n: int) -> float:
     """Different n-grams of words as a share of all n-grams of `texts` (Li et al. 2016, distinct-n); 0 without any."""
-    grams = []
-    for text in texts:
-        words = _WORD.findall(text.lower())
-        grams += zip(*(words[i:] for i in range(n)), strict=False)
+    grams = [gram for text in texts for gram in _grams(text, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repeated(texts: Sequence[str], n: int) -> float:
+    """N-grams of words that stood in the same text before, as a share of all n-grams of `texts`; 0 without any.
+
+    Source: rep-n of Welleck et al. 2020 (neural text degeneration), over all texts together.
+    """
+    grams = [_grams(text, n) for text in texts]
+    total = sum(map(len, grams))
+    return sum(len(own) - len(set(own)) for own in grams) / total if total else 0.0
+
+
+def _grams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = _WORD.findall(text.lower())
+    return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
 def summary(values: Tensor) -> dict[str, object]:
@@ -111,13 +127,18 @@ def evaluate(
             **{measure: summary(side.measures[:count, i].cpu()) for i, measure in enumerate(names)},
             "distinct_1": distinct(texts[name], 1),
             "distinct_2": distinct(texts[name], 2),
+            "repeated_3": repeated(texts[name], 3),
             "perplexity": math.exp(-side.ref_logprob[:count].sum().item() / tokens),
             "response_tokens_mean": tokens / count,
         }
     kl = summary(after.kl[:count].cpu())
     figures |= {"kl": kl["mean"], "kl_ci95": kl["ci95"], "prompts": count}
+    rewarded = names.index(config.reward.reward_scale) if config.reward.reward_scale in names else 0
+    figures["reward"] = {
+        "name": names[rewarded],
+        **{name: figures[name][names[rewarded]] for name in ("before", "after")},
+    }
     if frontier is not None:
-        rewarded = names.index(config.reward.reward_scale) if config.reward.reward_scale in names else 0
         figures["frontier"] = overspend(
             frontier, after.measures[:count, rewarded].cpu().double().numpy(), after.kl[:count].cpu().double().numpy()
         )
@@ -132,7 +153,7 @@ def evaluate(
         }
         for i in range(count)
     ]
-    return Evaluation(figures, rows)
+    return Evaluation(figures, rows, frontier)
 
 
 def _prompts(
@@ -148,8 +169,7 @@ def _prompts(
         pad_token_id=tokenizer.pad_token_id,
         seed=EVALUATION_SEED,
     )
-    wrap = torch.arange(padded) % count
-    return PromptBatch(prompts.tokens[wrap], prompts.mask[wrap], [prompts.text[i] for i in wrap.tolist()])
+    return prompts.take(np.arange(padded) % count)
 
 
 def _side(
@@ -194,10 +214,16 @@ def _side(
 
 
 def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
-    """Write `evaluation.json` (the figures) and `evaluation.md` (figures and samples side by side)."""
+    """Write `evaluation.json` (the figures), `evaluation.md` (figures and samples side by side) and `plane.png`.
+
+    The way of the training over the plane of KL and reward is added to the figures, from the metrics in `directory`.
+    """
+    evaluation.figures["way"] = way_of(directory / METRICS_FILE)
+    draw_plane(directory / PLANE_FILE, evaluation.figures, evaluation.frontier)
     (directory / "evaluation.json").write_text(json.dumps(evaluation.figures, indent=2) + "\n", encoding="utf-8")
     figures, samples = _markdown(figures_table(evaluation)), _markdown(samples_table(evaluation, 20))
-    text = f"# Before and after\n\n{figures}\n\n## Samples\n\n{samples}\n"
+    plane = f"![KL and reward of the training]({PLANE_FILE})"
+    text = f"# Before and after\n\n{figures}\n\n{plane}\n\n## Samples\n\n{samples}\n"
     (directory / "evaluation.md").write_text(text, encoding="utf-8")
 
 

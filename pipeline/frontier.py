@@ -1,10 +1,11 @@
 """Estimate the best reward at each KL of a recipe: what a perfect policy could do with its reference and reward.
 
-    python -m pipeline.frontier --config recipes/quickstart.yaml --frontier runs/quickstart.frontier.json
-    ./launch.sh recipes/quickstart.yaml --frontier runs/quickstart.frontier.json     # the evaluation then says how far
+    python -m pipeline.frontier --config recipes/quickstart.yaml    # writes runs/frontiers/quickstart.json
+    ./launch.sh recipes/quickstart.yaml                             # its evaluation now says how far it is from that
 
-Trains nothing: samples the reference (frontier_samples responses to each of frontier_prompts held-out prompts) and
-weights the samples. Under accelerate launch the workers share the sampling.
+Trains nothing: samples the reference (frontier_samples responses to each of frontier_prompts held-out prompts, in the
+mean: half of them go where they are needed most) and weights the samples. Under accelerate launch the workers share the
+sampling. --frontier names another file to write.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline.assembly import (
 )
 from pipeline.config import ConfigError
 from pipeline.errors import end_worker, user_errors, worker_faults
-from pipeline.frontiers import Frontier, estimate_frontier
+from pipeline.frontiers import DIRECTORIES, Frontier, estimate_frontier
 from pipeline.models.building import build_policy_and_reference
 from pipeline.runtime.console import Console
 from pipeline.runtime.distributed import all_or_none, make_accelerator
@@ -26,8 +27,10 @@ from pipeline.runtime.distributed import all_or_none, make_accelerator
 def main() -> None:
     with worker_faults(), user_errors():
         config = parse_config(__doc__)
-        if config.run.frontier is None:
-            raise ConfigError("name the file to write: --frontier runs/quickstart.frontier.json")
+        if config.run.frontier == "none":
+            raise ConfigError("frontier='none': name the file to write, or leave it out.")
+        named = config.run.frontier != "auto"
+        path = Path(config.run.frontier) if named else DIRECTORIES[0] / f"{config.output_dir.name}.json"
         accelerator = make_accelerator(config.run.mixed_precision)
         data = all_or_none(accelerator, lambda: open_data(config))
         reward = all_or_none(accelerator, lambda: open_reward(config, data, accelerator.device))
@@ -41,7 +44,6 @@ def main() -> None:
         choose_rollout_microbatch(config, accelerator, policy, config.run.frontier_prompts * accelerator.num_processes)
         frontier = estimate_frontier(accelerator, reference, reward, data.tokenizer, data.held_out, config)
         if accelerator.is_main_process:
-            path = Path(config.run.frontier)
             frontier.save(path)
             console = Console(0, enabled=True)
             console.table("The best reward at each KL", frontier_table(frontier))

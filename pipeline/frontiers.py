@@ -29,8 +29,13 @@ from pipeline.trainer import sampling_options
 
 SEED = 20261  # of the samples; not the evaluation's, whose own noise is not to be judged by itself
 PRICES = 60  # points of the curve
-ENOUGH_SAMPLES = 10.0  # effective ones, in nine of ten prompts, for a point to be trusted
+ENOUGH_SAMPLES, TRUSTED_SHARE = 10.0, 0.9  # a point is trusted with as many effective ones, after so many prompts
+SPARE = 1.2  # how many more are aimed at
 RESAMPLES = 2000
+DIRECTORIES = (
+    Path("runs/frontiers"),
+    Path("assets/frontiers"),
+)  # a recipe's own: made here, shipped
 
 # What a frontier is the frontier of.
 SETTINGS = (
@@ -48,13 +53,13 @@ class Frontier:
     rewards: np.ndarray  # (n, B)
     kls: np.ndarray  # (n, B) nats
     effective_samples: np.ndarray  # (n, B)
-    samples: int  # of the reference for each prompt
+    samples: int  # of the reference for each prompt, in the mean
     identity: dict[str, object]  # what it belongs to: the settings, and a fingerprint of the reference's weights
 
     @property
     def trusted(self) -> np.ndarray:
         """Which points (B,) rest on enough samples."""
-        return np.quantile(self.effective_samples, 0.1, axis=0) >= ENOUGH_SAMPLES
+        return np.quantile(self.effective_samples, 1 - TRUSTED_SHARE, axis=0) >= ENOUGH_SAMPLES
 
     def kl_needed(self, reward: float) -> tuple[float, float, float]:
         """The smallest KL that has `reward`, with its 95 % interval over prompts; NaN where it is not known.
@@ -67,15 +72,29 @@ class Frontier:
 
     def resampled_kl_needed(self, rewards: np.ndarray) -> np.ndarray:
         """`kl_needed` of each reward (D,) with prompts drawn anew for each of them."""
-        draws = np.random.default_rng(SEED).integers(len(self.rewards), size=(len(rewards), len(self.rewards)))
-        curves = [np.stack([values[draw].mean(0) for draw in draws]) for values in (self.rewards, self.kls)]
-        return self._needed(rewards, *curves)
+        return self._needed(rewards, *self._resampled(len(rewards)))
+
+    def band(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The trusted curve as a figure shows it: rewards (b,), and the 95 % interval of the KL they need.
+
+        NaN where the prompts drawn anew do not always reach the reward.
+        """
+        rewards = self.rewards.mean(0)[self.trusted]
+        curves = self._resampled(RESAMPLES)
+        needed = [self._needed(np.full(RESAMPLES, reward), *curves) for reward in rewards]
+        low, high = np.quantile(np.stack(needed), [0.025, 0.975], axis=1)
+        return rewards, low, high
+
+    def _resampled(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean rewards and KLs (count, B) of prompts drawn anew."""
+        prompts = len(self.rewards)
+        times = np.random.default_rng(SEED).multinomial(prompts, np.full(prompts, 1 / prompts), size=count) / prompts
+        return times @ self.rewards, times @ self.kls
 
     def _needed(self, rewards: np.ndarray, curves: np.ndarray, kls: np.ndarray) -> np.ndarray:
         last = int(self.trusted.sum())
-        curves, kls = (torch.from_numpy(values[:, :last]) for values in (curves, kls))
-        needed = torch.stack([kl_at(float(r), c, k) for r, c, k in zip(rewards, curves, kls, strict=True)]).numpy()
-        return np.where(rewards <= curves[:, 0].numpy(), 0.0, needed)
+        needed = kl_at(*(torch.from_numpy(values) for values in (rewards, curves[:, :last], kls[:, :last]))).numpy()
+        return np.where(rewards <= curves[:, 0], 0.0, needed)
 
     def save(self, path: Path) -> None:
         """Write it as JSON, curves with five digits."""
@@ -107,21 +126,39 @@ def load_frontier(path: Path) -> Frontier:
 
 def identity_of(config: Config, reference: Reference) -> dict[str, object]:
     """What a frontier of this recipe belongs to; reads the reference's weights once, whatever they are wrapped in."""
-    settings = config.as_dict()
     with reference.activated() as model:
         own = [p for name, p in model.named_parameters() if "lora_" not in name or f".{REFERENCE_ADAPTER}." in name]
         digests = sorted(hashlib.sha256(p.detach().cpu().contiguous().numpy()).hexdigest() for p in own)
     whole = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return {name: settings[name] for name in SETTINGS} | {"reference_weights": whole[:16]}
+    return _settings_of(config) | {"reference_weights": whole[:16]}
+
+
+def _settings_of(config: Config) -> dict[str, object]:
+    settings = config.as_dict()
+    return {name: settings[name] for name in SETTINGS}
+
+
+def _different(frontier: Frontier, identity: dict[str, object]) -> dict[str, tuple[object, object]]:
+    theirs = frontier.identity
+    return {name: (theirs.get(name), ours) for name, ours in identity.items() if theirs.get(name) != ours}
+
+
+def find_frontier(config: Config, reference: Reference) -> Frontier | None:
+    """The first in `DIRECTORIES` that belongs to this recipe; files that cannot be read are passed over."""
+    for path in (path for directory in DIRECTORIES for path in sorted(directory.glob("*.json"))):
+        try:
+            frontier = load_frontier(path)
+        except ConfigError:
+            continue
+        # The weights are read only where all else agrees.
+        if not _different(frontier, _settings_of(config)) and not _different(frontier, identity_of(config, reference)):
+            return frontier
+    return None
 
 
 def check_belongs(frontier: Frontier, identity: dict[str, object], path: str) -> None:
     """Raise `ConfigError` with what differs where the frontier is another reference's, reward's or prompts'."""
-    different = {
-        name: (frontier.identity.get(name), value)
-        for name, value in identity.items()
-        if frontier.identity.get(name) != value
-    }
+    different = _different(frontier, identity)
     if different:
         told = "; ".join(f"{name} is {theirs!r} there and {ours!r} here" for name, (theirs, ours) in different.items())
         raise ConfigError(
@@ -143,22 +180,65 @@ def estimate_frontier(
         RewardError: the reward broke its contract on some response.
     """
     count = min(config.run.frontier_prompts, len(held_out))
-    samples = math.ceil(config.run.frontier_samples / accelerator.num_processes) * accelerator.num_processes
     prompts = prompt_batch(
         held_out, tokenizer, step=0, batch_size=count, min_tokens=config.data.prompt_min_tokens,
         max_tokens=config.data.prompt_max_tokens, pad_token_id=tokenizer.pad_token_id, seed=SEED,
     )  # fmt: skip
-    mine = share(accelerator, samples)
-    rounds = [
-        _scores(accelerator, reference, reward, tokenizer, prompts, config, number) for number in range(samples)[mine]
-    ]
-    scores = torch.stack(rounds, 0).to(accelerator.device)  # (samples of this worker, n)
-    scores = (accelerator.gather(scores) if accelerator.num_processes > 1 else scores).cpu().double().T
-    spread = float((scores - scores.mean(1, keepdim=True)).square().mean().sqrt()) or 1.0
+    workers = accelerator.num_processes
+    rounds = max(1, round(config.run.frontier_samples / (2 * workers))) * workers  # in each half
+
+    def sampled(plan: np.ndarray, first: int) -> Tensor:
+        """Scores (rounds, n) of a response to each prompt of `plan` (rounds, n), shared out over the workers."""
+        mine = share(accelerator, len(plan))
+        scores = torch.stack(
+            [
+                _scores(accelerator, reference, reward, tokenizer, prompts.take(plan[number]), config, first + number)
+                for number in range(len(plan))[mine]
+            ]
+        )
+        scores = accelerator.gather(scores.to(accelerator.device)) if workers > 1 else scores
+        return scores.cpu().double()
+
+    everybody = np.tile(np.arange(count), (rounds, 1))
+    scores = sampled(everybody, 0)
+    spread = float((scores - scores.mean(0)).square().mean().sqrt()) or 1.0
     prices = spread * torch.logspace(1, -2, PRICES, dtype=torch.float64)  # from hardly any KL to one sample's
-    best = optimum(scores, prices)
+    more = more_samples(optimum(scores.T, prices).effective_samples.numpy(), rounds).reshape(rounds, count)
+    every_score = torch.cat([scores, sampled(more, rounds)]).flatten()
+    best = optimum(_by_prompt(every_score, np.concatenate([everybody, more]).ravel(), count), prices)
     arrays = (prices, best.reward.T, best.kl.T, best.effective_samples.T)
-    return Frontier(*(x.numpy() for x in arrays), samples, identity_of(config, reference))
+    return Frontier(*(x.numpy() for x in arrays), 2 * rounds, identity_of(config, reference))
+
+
+def more_samples(effective_samples: np.ndarray, rounds: int) -> np.ndarray:
+    """Which prompts get n * rounds further samples, where each has had `rounds`: prompt numbers, in order.
+
+    The lower the price of KL, the fewer samples of the reference resemble the optimum's, and much fewer after some
+    openings than after others. Samples go where they are missing for the lowest price that can be had for all but the
+    hardest tenth of the prompts, which get no more than the others.
+
+    Args:
+        effective_samples: (B, n) of the first samples, falling along B.
+    """
+    count = effective_samples.shape[1]
+    extra = count * rounds
+    given = np.zeros(count, dtype=np.int64)
+    for effective in effective_samples:
+        wanted = np.ceil(rounds * np.maximum(SPARE * ENOUGH_SAMPLES / effective - 1, 0)).astype(np.int64)
+        wanted = np.minimum(wanted, int(np.quantile(wanted, TRUSTED_SHARE, method="lower")))
+        if wanted.sum() > extra:
+            break
+        given = wanted
+    left = extra - given.sum()
+    given += left // count
+    given[: left % count] += 1
+    return np.repeat(np.arange(count), given)
+
+
+def _by_prompt(scores: Tensor, prompts: np.ndarray, count: int) -> Tensor:
+    """Scores (K,) of the prompts with these numbers (K,), a row a prompt: (count, the most of any), else NaN."""
+    rows = [scores[torch.from_numpy(prompts == i)] for i in range(count)]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
 
 
 def _scores(

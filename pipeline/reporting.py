@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.evaluation import Evaluation, figures_table, samples_table, write_evaluation
+from pipeline.evaluation import PLANE_FILE, Evaluation, figures_table, samples_table, write_evaluation
 from pipeline.run_directory import CONFIG_FILE, METRICS_FILE
 from pipeline.runtime.console import Console
 from pipeline.runtime.tracking import MetricsFile, WandbTracker
@@ -18,7 +18,7 @@ def show_evaluation(console: Console, evaluation: Evaluation, directory: Path) -
     write_evaluation(evaluation, directory)
     console.table("Samples before and after", samples_table(evaluation, 6))
     console.table("Before and after", figures_table(evaluation))
-    console.say(f"Written to {directory / 'evaluation.json'} and {directory / 'evaluation.md'}")
+    console.say(f"Written to {directory}: evaluation.json, evaluation.md and {PLANE_FILE}")
 
 
 class Reporter:

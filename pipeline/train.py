@@ -5,7 +5,7 @@
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m pipeline.train --config recipes/gpt2_imdb.yaml
 
 Writes into output_dir: config.yaml, metrics.jsonl, checkpoints, the tuned model with tokenizer and value head,
-evaluation.json and evaluation.md. A run that was cut off goes on from its newest checkpoint (--resume).
+evaluation.json, evaluation.md and plane.png. A run that was cut off goes on from its newest checkpoint (--resume).
 
 Exit codes: 0 finished; 1 a worker failed, with its traceback; 2 a setting, file or reward is at fault and nothing was
 trained; 3 the reward failed in mid-run; 130, 138, 143 stopped by SIGINT (Ctrl-C), SIGUSR1 or SIGTERM. In 3 and those a

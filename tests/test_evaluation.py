@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import evaluation
 from pipeline.assembly import build_parts, open_data, parse_config
-from pipeline.evaluation import bootstrap_interval, distinct, evaluate, samples_table, write_evaluation
+from pipeline.evaluation import bootstrap_interval, distinct, evaluate, repeated, samples_table, write_evaluation
 from pipeline.runtime.distributed import make_accelerator
 
 
@@ -33,6 +33,20 @@ from pipeline.runtime.distributed import make_accelerator
 )
 def test_distinct_is_the_share_of_different_ngrams_of_words(texts, n, expected):
     assert distinct(texts, n) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "texts, n, expected",
+    [
+        (["a good film", "a good film"], 3, 0.0),  # once in each
+        (["so good so good so good"], 3, 0.5),
+        (["So good, so good, so!"], 1, 4 / 8),
+        (["two words"], 3, 0.0),
+        ([], 3, 0.0),
+    ],
+)
+def test_repeated_is_the_share_of_ngrams_that_stood_in_their_text_before(texts, n, expected):
+    assert repeated(texts, n) == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +133,7 @@ def test_the_file_holds_what_readers_of_it_expect(trained, tmp_path):
     assert figures.keys() >= {"before", "after", "kl", "prompts"}
     assert figures["prompts"] == len(result.rows) == min(8, len(trained[1].held_out))
     for side in (figures["before"], figures["after"]):
-        assert side.keys() >= {"probability", "logit", "distinct_1", "distinct_2", "perplexity"}
+        assert side.keys() >= {"probability", "logit", "distinct_1", "distinct_2", "repeated_3", "perplexity"}
         for measure in (side["probability"], side["logit"]):
             assert measure.keys() == {"mean", "median", "ci95"}
             low, high = measure["ci95"]
@@ -130,6 +144,7 @@ def test_the_file_holds_what_readers_of_it_expect(trained, tmp_path):
     report = (tmp_path / "evaluation.md").read_text()
     assert f"{figures['before']['probability']['mean']:.3f}" in report
     assert " ".join(result.rows[0]["after"].split()).replace("|", "\\|") in report
+    assert figures["reward"]["after"] == figures["after"][figures["reward"]["name"]]
 
 
 def test_scores_are_those_of_the_texts_shown(trained):

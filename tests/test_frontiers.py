@@ -11,7 +11,7 @@ from pipeline import frontier as command
 from pipeline import train
 from pipeline.config import ConfigError
 from pipeline.errors import STATUS_FILE_VARIABLE
-from pipeline.frontiers import Frontier, check_belongs, load_frontier, overspend
+from pipeline.frontiers import Frontier, check_belongs, load_frontier, more_samples, overspend
 
 
 def curves(prompts=64, seed=0, trusted=8):
@@ -42,6 +42,17 @@ def test_overspend_is_the_ratio_with_the_uncertainty_of_both():
     assert figures["kl_overspend"] == pytest.approx(3.0, abs=0.15) and low < figures["kl_overspend"] < high
     same = overspend(curves(), 0.7 + rng.normal(0, 0.05, 400), 2 + rng.normal(0, 0.1, 400))
     assert same["kl_overspend"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_further_samples_go_where_the_optimum_has_few():
+    shares = np.array([0.5, 0.5, 0.25, 0.25, 0.1, 0.1, 0.05, 0.05, 0.05, 0.001])  # of 32 samples each, at a low price
+    effective = np.maximum(1.0, 32 * np.stack([np.ones(10), shares, shares**4]))
+    more = np.bincount(more_samples(effective, 32), minlength=10)
+    assert more.sum() == 320
+    # 12 effective ones are aimed at: 1.6 of 32 take 208 more, which 320 does not buy thrice; all is shared out evenly.
+    assert (more == 32).all()
+    more = np.bincount(more_samples(np.maximum(1.0, 100 * np.stack([np.ones(10), shares])), 100), minlength=10)
+    assert more.tolist() == [40, 40, 40, 40, 60, 60, 180, 180, 180, 180]
 
 
 def test_it_is_saved_and_read_back_to_five_digits(tmp_path):
@@ -94,6 +105,7 @@ def test_from_the_command_to_the_evaluation_and_not_to_another_recipes(run, tmp_
     code, said = run(train, "--frontier", path, "--output_dir", tmp_path / "run", "--steps", "1")
     figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())["frontier"]
     assert code == 0 and "kl" in figures and ("kl_overspend" in figures or "beyond" in figures)
+    assert (tmp_path / "run" / "plane.png").stat().st_size > 10_000
     lora = ("--use_peft", "true", "--lora_r", "4", "--output_dir", tmp_path / "lora", "--steps", "1")
     assert run(train, "--frontier", path, *lora)[0] == 0  # the same reference, inside an adapter's wrapper
 
@@ -113,6 +125,28 @@ def test_a_missing_file_ends_a_training_before_a_model_is_loaded(run, tmp_path, 
     assert code == 2 and "missing.json' cannot be read" in said and not (tmp_path / "run").exists()
 
 
-def test_without_a_file_to_write_it_asks_for_one(run):
-    code, said = run(command)
-    assert code == 2 and "name the file to write: --frontier" in said
+def test_without_a_name_it_is_kept_where_runs_of_its_recipe_find_it(run, tmp_path, tiny_recipe, monkeypatch):
+    monkeypatch.setattr("pipeline.frontiers.DIRECTORIES", (tmp_path / "made", tmp_path / "shipped"))
+    monkeypatch.setattr("pipeline.frontier.DIRECTORIES", (tmp_path / "made",))
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "a.json").write_text("no frontier")
+    code, _ = run(command, "--frontier_prompts", "4", "--frontier_samples", "32", "--output_dir", tmp_path / "tiny")
+    assert code == 0 and (tmp_path / "made" / "tiny.json").is_file()
+
+    def evaluated(name, *settings):
+        code, said = run(train, "--output_dir", tmp_path / name, "--steps", "1", *settings)
+        assert code == 0, said
+        return json.loads((tmp_path / name / "evaluation.json").read_text())
+
+    assert "frontier" in evaluated("same", "--kl_coef", "0.5")
+    assert "frontier" not in evaluated("none", "--frontier", "none")
+    assert "frontier" not in evaluated("other", "--temperature", "0.9")
+    changed = json.loads((tmp_path / "made" / "tiny.json").read_text())
+    changed["identity"]["reference_weights"] = "others"
+    (tmp_path / "made" / "tiny.json").write_text(json.dumps(changed))
+    assert "frontier" not in evaluated("weights")
+
+
+def test_with_none_there_is_nothing_to_write(run):
+    code, said = run(command, "--frontier", "none")
+    assert code == 2 and "name the file to write" in said

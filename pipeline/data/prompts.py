@@ -25,6 +25,11 @@ class PromptBatch:
     def slice(self, start: int, stop: int) -> "PromptBatch":
         return PromptBatch(self.tokens[start:stop], self.mask[start:stop], self.text[start:stop])
 
+    def take(self, index: np.ndarray) -> "PromptBatch":
+        """The prompts at `index`, in that order."""
+        where = torch.from_numpy(index)
+        return PromptBatch(self.tokens[where], self.mask[where], [self.text[i] for i in index])
+
 
 @dataclass(frozen=True)
 class Openings:

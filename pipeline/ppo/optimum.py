@@ -5,7 +5,6 @@ For a price beta of one nat the policy that maximises E[r] - beta KL(pi || ref) 
 samples of it, so its reward and KL at each beta can be had without training. No policy has more reward at that KL.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ class Optimum:
 
     reward: Tensor  # (B, n) expected reward
     kl: Tensor  # (B, n) nats
-    effective_samples: Tensor  # (B, n) of M: 1 / the sum of squared weights
+    effective_samples: Tensor  # (B, n) 1 / the sum of squared weights
 
 
 def optimum(rewards: Tensor, prices: Tensor) -> Optimum:
@@ -27,24 +26,26 @@ def optimum(rewards: Tensor, prices: Tensor) -> Optimum:
     KL(pi || ref) = E_pi[log pi/ref] = E_pi[r] / beta - log Z, and Z is the mean of exp(r / beta).
 
     Args:
-        rewards: (n, M) of M samples of the reference for each of n prompts, float64 for long tails.
+        rewards: (n, M) of M samples of the reference for each of n prompts, float64 for long tails; NaN where a prompt
+            has fewer.
         prices: (B,) betas, in units of reward a nat.
     """
-    exponents = rewards / prices.view(-1, 1, 1)  # (B, n, M)
+    missing = rewards.isnan()
+    exponents = (rewards / prices.view(-1, 1, 1)).masked_fill(missing, -torch.inf)  # (B, n, M)
     weights = exponents.softmax(-1)
-    log_normaliser = exponents.logsumexp(-1) - math.log(rewards.shape[1])
-    mean = (weights * rewards).sum(-1)
+    log_normaliser = exponents.logsumexp(-1) - (~missing).sum(1, dtype=rewards.dtype).log()
+    mean = (weights * rewards.masked_fill(missing, 0.0)).sum(-1)
     kl = (mean / prices.view(-1, 1) - log_normaliser).clamp_min(0.0)
     return Optimum(mean, kl, 1.0 / weights.square().sum(-1))
 
 
-def kl_at(reward: float, rewards: Tensor, kls: Tensor) -> Tensor:
-    """The KL at which curves reach `reward`, by interpolation; NaN outside of them.
+def kl_at(reward: Tensor, rewards: Tensor, kls: Tensor) -> Tensor:
+    """The KL (...) at which each curve reaches its `reward` (...), by interpolation; NaN outside of them.
 
     Args:
         rewards, kls: (..., B) points of each curve, both rising along the last dimension.
     """
-    target = torch.full((*rewards.shape[:-1], 1), reward, dtype=rewards.dtype)
+    target = reward.to(rewards.dtype).unsqueeze(-1)
     above = torch.searchsorted(rewards.contiguous(), target)
     inside = (above > 0) & (above < rewards.shape[-1])
     above = above.clamp(1, rewards.shape[-1] - 1)

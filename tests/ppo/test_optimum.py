@@ -83,6 +83,16 @@ def test_equal_rewards_leave_the_reference_as_it_is():
 
 def test_kl_between_two_points_is_interpolated_and_outside_is_unknown():
     rewards, kls = torch.tensor([[0.5, 0.7, 0.9], [0.4, 0.6, 0.7]]), torch.tensor([[0.0, 1.0, 3.0], [0.0, 2.0, 4.0]])
-    assert kl_at(0.6, rewards, kls).tolist() == pytest.approx([0.5, 2.0])
-    assert kl_at(0.8, rewards, kls)[0].item() == pytest.approx(2.0) and kl_at(0.8, rewards, kls)[1].isnan()
-    assert kl_at(0.3, rewards, kls).isnan().all()
+    assert kl_at(torch.tensor([0.6, 0.6]), rewards, kls).tolist() == pytest.approx([0.5, 2.0])
+    one, other = kl_at(torch.tensor([0.8, 0.8]), rewards, kls)
+    assert one.item() == pytest.approx(2.0) and other.isnan()
+    assert kl_at(torch.tensor([0.3, 0.3]), rewards, kls).isnan().all()
+
+
+def test_prompts_with_fewer_samples_are_estimated_from_those_they_have():
+    many, few = torch.tensor([0.1, 0.5, 1.0, 0.4]).double(), torch.tensor([0.9, 0.2]).double()
+    both = optimum(torch.stack([many, torch.cat([few, torch.full((2,), torch.nan).double()])]), PRICES)
+    for row, alone in enumerate((many, few)):
+        single = optimum(alone.unsqueeze(0), PRICES)
+        for name in ("reward", "kl", "effective_samples"):
+            assert torch.allclose(getattr(both, name)[:, row], getattr(single, name)[:, 0]), name
