@@ -30,8 +30,9 @@ Several machines without SLURM, the same command on each but for the rank:
   --num_machines M  --machine_rank R  --main_process_ip IP  --main_process_port PORT     IP is that of rank 0
 All other options are the run's own: python -m pipeline.train --help
 
-Exit codes: 0 finished; 2 a setting is at fault; 3 the reward failed in mid-run; 130, 138 and 143 stopped by SIGINT
-(Ctrl-C), SIGUSR1 and SIGTERM with a checkpoint, from which the same command continues; any other: a worker crashed.
+Exit codes: 0 finished; 2 a setting is at fault; 3 the reward failed in mid-run; 4 a guard ended a training that went
+wrong, with its last good state; 130, 138 and 143 stopped by SIGINT (Ctrl-C), SIGUSR1 and SIGTERM with a checkpoint, from
+which the same command continues; any other: a worker crashed.
 
 The environment: the active virtual or conda environment, else .venv here, made when missing. requirements.txt is
 installed once, and again when it changes. Set PYTHON to choose the interpreter that makes .venv.

@@ -21,11 +21,11 @@ from pipeline.models.policy import Policy, Reference
 from pipeline.rewards.loading import SENTIMENT, load_function, load_reward
 from pipeline.rewards.protocol import Reward, checked_measures, checked_scores
 from pipeline.rewards.sentiment import label_index
+from pipeline.rollout.sampling import sampling_options
 from pipeline.rollout.sizing import largest_microbatch
 from pipeline.runtime.command import parse_recipe, split_recipe
 from pipeline.runtime.distributed import agreed_minimum, free_memory_bytes
 from pipeline.runtime.engine import precision
-from pipeline.trainer import sampling_options
 
 # The bars of the libraries would tear the run's own.
 transformers_logging.disable_progress_bar()
@@ -159,11 +159,17 @@ def choose_rollout_microbatch(config: Config, accelerator: Accelerator, policy: 
     config.rollout.rollout_microbatch_size = agreed_minimum(accelerator, chosen)
 
 
-def sampling_warning(config: Config) -> str | None:
-    """What to tell a user whose sampling makes the reported KL wrong."""
-    if sampling_options(config).is_pure:
-        return None
-    return (
-        "top_k, top_p or eos_min_tokens restrict the sampling: log-probs and KL are still those of the unrestricted "
-        "distribution, so the KL reported and penalised is not that of the samples."
-    )
+def config_warnings(config: Config) -> list[str]:
+    """What to tell a user whose settings are allowed and do something else than they seem to."""
+    warnings = []
+    if not sampling_options(config.rollout).is_pure:
+        warnings.append(
+            "top_k, top_p or eos_min_tokens restrict the sampling: log-probs and KL are still those of the "
+            "unrestricted distribution, so the KL reported and penalised is not that of the samples."
+        )
+    if config.ppo.clip_range >= 1:
+        warnings.append(
+            f"clip_range={config.ppo.clip_range:g} clips no ratio that falls, since none is below 0: only "
+            f"kl_early_stop and the guards hold an update back; 0.2 is usual."
+        )
+    return warnings

@@ -153,8 +153,20 @@ class PPOSettings(Checked):
     kl_early_stop: float | None = setting(
         0.1, "No further epoch once the mean KL(old || new) per token of an epoch passes this, in nats; null: never."
     )
+    guard_kl: float | None = setting(
+        40.0, "A step is bad when its KL per response passes this, in nats; three in a row end the run. null: never."
+    )
+    guard_update_kl: float | None = setting(
+        0.5, "A step is bad when its mean KL(old || new) per token passes this, in nats: ratios explode. null: never."
+    )
+    guard_entropy: float | None = setting(
+        0.2, "A step is bad when its entropy per token is less than this share of the first step's. null: never."
+    )
 
     def check(self):
+        for name in ("guard_kl", "guard_update_kl", "guard_entropy"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "must be positive, or null for no guard")
         for name in ("steps", "ppo_epochs", "minibatch_size", "microbatch_size", "learning_rate", "adam_eps",
                      "max_grad_norm", "kl_target", "kl_horizon", "clip_range", "value_clip_range"):  # fmt: skip
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
@@ -190,8 +202,8 @@ class RunSettings(Checked):
         "The best reward at each KL (python -m pipeline.frontier) to hold the evaluation against: a file; auto: one in "
         "runs/frontiers or assets/frontiers that belongs to this recipe, if there is one; none.",
     )
-    frontier_prompts: int = setting(256, "Held-out prompts of a frontier.")
-    frontier_samples: int = setting(256, "Responses of the reference to each of them.")
+    frontier_prompts: int = setting(300, "Held-out prompts of a frontier.")
+    frontier_samples: int = setting(320, "Responses of the reference to each of them, in the mean.")
     samples_every_steps: int = setting(10, "Steps between samples shown on the console and logged.")
     profile: int = setting(
         0, "PPO step (from 1) to profile: a trace and the ten heaviest operations in output_dir/profile; 0: none."

@@ -27,11 +27,10 @@ from pipeline.rollout.rollout import (
     response_texts,
     sample_responses,
 )
-from pipeline.rollout.sampling import sampling_noise
+from pipeline.rollout.sampling import sampling_noise, sampling_options
 from pipeline.run_directory import METRICS_FILE
 from pipeline.runtime.distributed import all_or_none, gather_fields, share
 from pipeline.runtime.engine import autocast
-from pipeline.trainer import sampling_options
 
 EVALUATION_SEED = 20260  # fixed, so that runs of any seed are compared on the same prompts and noise
 BOOTSTRAP_SAMPLES = 10_000
@@ -198,7 +197,7 @@ def _side(
             microbatch_size=rollout.rollout_microbatch_size,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            options=sampling_options(config),
+            options=sampling_options(rollout),
         )
         ref_logprobs = reference_logprobs(reference, responses, **options)
         logprobs = ref_logprobs if policy is None else policy_outputs(policy, responses, **options).logprobs

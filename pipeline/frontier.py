@@ -4,7 +4,7 @@
     ./launch.sh recipes/quickstart.yaml                             # its evaluation now says how far it is from that
 
 Trains nothing: samples the reference (frontier_samples responses to each of frontier_prompts held-out prompts, in the
-mean: half of them go where they are needed most) and weights the samples. Under accelerate launch the workers share the
+mean: more go where they are needed more) and weights the samples. Under accelerate launch the workers share the
 sampling. --frontier names another file to write.
 """
 

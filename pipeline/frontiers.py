@@ -22,15 +22,17 @@ from pipeline.models.policy import Reference
 from pipeline.ppo.optimum import kl_at, optimum
 from pipeline.rewards.protocol import Reward, checked_scores
 from pipeline.rollout.rollout import response_texts, sample_responses
-from pipeline.rollout.sampling import sampling_noise
+from pipeline.rollout.sampling import sampling_noise, sampling_options
 from pipeline.runtime.distributed import all_or_none, share
 from pipeline.runtime.engine import autocast
-from pipeline.trainer import sampling_options
 
 SEED = 20261  # of the samples; not the evaluation's, whose own noise is not to be judged by itself
 PRICES = 60  # points of the curve
-ENOUGH_SAMPLES, TRUSTED_SHARE = 10.0, 0.9  # a point is trusted with as many effective ones, after so many prompts
+# A point is trusted with as many effective samples after so many of the prompts; log Z is then too low by about half
+# their inverse, in nats.
+ENOUGH_SAMPLES, TRUSTED_SHARE = 7.0, 0.9
 SPARE = 1.2  # how many more are aimed at
+STAGES = 4  # of the sampling: after each it is seen where samples are missing
 RESAMPLES = 2000
 DIRECTORIES = (
     Path("runs/frontiers"),
@@ -68,11 +70,13 @@ class Frontier:
         """
         draws = self.resampled_kl_needed(np.full(RESAMPLES, reward))
         low, high = np.quantile(draws, [0.025, 0.975]) if not np.isnan(draws).any() else (math.nan, math.nan)
-        return self._needed(np.array([reward]), self.rewards.mean(0)[None], self.kls.mean(0)[None])[0], low, high
+        last = int(self.trusted.sum())
+        curve = (x.mean(0)[None, :last] for x in (self.rewards, self.kls))
+        return _needed(np.array([reward]), *curve)[0], low, high
 
     def resampled_kl_needed(self, rewards: np.ndarray) -> np.ndarray:
-        """`kl_needed` of each reward (D,) with prompts drawn anew for each of them."""
-        return self._needed(rewards, *self._resampled(len(rewards)))
+        """The KL each reward (D,) needs with prompts drawn anew for it, be it beyond the trusted points."""
+        return _needed(rewards, *self._resampled(len(rewards)))
 
     def band(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The trusted curve as a figure shows it: rewards (b,), and the 95 % interval of the KL they need.
@@ -81,7 +85,7 @@ class Frontier:
         """
         rewards = self.rewards.mean(0)[self.trusted]
         curves = self._resampled(RESAMPLES)
-        needed = [self._needed(np.full(RESAMPLES, reward), *curves) for reward in rewards]
+        needed = [_needed(np.full(RESAMPLES, reward), *curves) for reward in rewards]
         low, high = np.quantile(np.stack(needed), [0.025, 0.975], axis=1)
         return rewards, low, high
 
@@ -90,11 +94,6 @@ class Frontier:
         prompts = len(self.rewards)
         times = np.random.default_rng(SEED).multinomial(prompts, np.full(prompts, 1 / prompts), size=count) / prompts
         return times @ self.rewards, times @ self.kls
-
-    def _needed(self, rewards: np.ndarray, curves: np.ndarray, kls: np.ndarray) -> np.ndarray:
-        last = int(self.trusted.sum())
-        needed = kl_at(*(torch.from_numpy(values) for values in (rewards, curves[:, :last], kls[:, :last]))).numpy()
-        return np.where(rewards <= curves[:, 0], 0.0, needed)
 
     def save(self, path: Path) -> None:
         """Write it as JSON, curves with five digits."""
@@ -109,6 +108,12 @@ class Frontier:
             "effective_samples": _digits(self.effective_samples),
         }
         path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def _needed(rewards: np.ndarray, curves: np.ndarray, kls: np.ndarray) -> np.ndarray:
+    """The KL (D,) at which each of the curves (D, B) has its reward (D,); NaN beyond its end."""
+    needed = kl_at(*(torch.from_numpy(values) for values in (rewards, curves, kls))).numpy()
+    return np.where(rewards <= curves[:, 0], 0.0, needed)
 
 
 def load_frontier(path: Path) -> Frontier:
@@ -185,7 +190,7 @@ def estimate_frontier(
         max_tokens=config.data.prompt_max_tokens, pad_token_id=tokenizer.pad_token_id, seed=SEED,
     )  # fmt: skip
     workers = accelerator.num_processes
-    rounds = max(1, round(config.run.frontier_samples / (2 * workers))) * workers  # in each half
+    rounds = max(1, round(config.run.frontier_samples / (STAGES * workers))) * workers  # in each stage
 
     def sampled(plan: np.ndarray, first: int) -> Tensor:
         """Scores (rounds, n) of a response to each prompt of `plan` (rounds, n), shared out over the workers."""
@@ -199,40 +204,43 @@ def estimate_frontier(
         scores = accelerator.gather(scores.to(accelerator.device)) if workers > 1 else scores
         return scores.cpu().double()
 
-    everybody = np.tile(np.arange(count), (rounds, 1))
-    scores = sampled(everybody, 0)
-    spread = float((scores - scores.mean(0)).square().mean().sqrt()) or 1.0
-    prices = spread * torch.logspace(1, -2, PRICES, dtype=torch.float64)  # from hardly any KL to one sample's
-    more = more_samples(optimum(scores.T, prices).effective_samples.numpy(), rounds).reshape(rounds, count)
-    every_score = torch.cat([scores, sampled(more, rounds)]).flatten()
-    best = optimum(_by_prompt(every_score, np.concatenate([everybody, more]).ravel(), count), prices)
+    plans, scores = [np.tile(np.arange(count), (rounds, 1))], []
+    for stage in range(STAGES):
+        scores.append(sampled(plans[-1], stage * rounds))
+        by_prompt = _by_prompt(torch.cat(scores).flatten(), np.concatenate(plans).ravel(), count)
+        if stage == 0:
+            spread = float((by_prompt - by_prompt.mean(1, keepdim=True)).square().mean().sqrt()) or 1.0
+            prices = spread * torch.logspace(1, -2, PRICES, dtype=torch.float64)  # from hardly any KL to one sample's
+        best = optimum(by_prompt, prices)
+        taken = (~by_prompt.isnan()).sum(1).numpy()
+        plans.append(more_samples(best.effective_samples.numpy(), taken, rounds * count).reshape(rounds, count))
     arrays = (prices, best.reward.T, best.kl.T, best.effective_samples.T)
-    return Frontier(*(x.numpy() for x in arrays), 2 * rounds, identity_of(config, reference))
+    return Frontier(*(x.numpy() for x in arrays), STAGES * rounds, identity_of(config, reference))
 
 
-def more_samples(effective_samples: np.ndarray, rounds: int) -> np.ndarray:
-    """Which prompts get n * rounds further samples, where each has had `rounds`: prompt numbers, in order.
+def more_samples(effective_samples: np.ndarray, taken: np.ndarray, extra: int) -> np.ndarray:
+    """Which prompts get `extra` further samples (extra,): prompt numbers, in order.
 
     The lower the price of KL, the fewer samples of the reference resemble the optimum's, and much fewer after some
     openings than after others. Samples go where they are missing for the lowest price that can be had for all but the
     hardest tenth of the prompts, which get no more than the others.
 
     Args:
-        effective_samples: (B, n) of the first samples, falling along B.
+        effective_samples: (B, n) of the samples so far, falling along B.
+        taken: (n,) samples so far.
     """
-    count = effective_samples.shape[1]
-    extra = count * rounds
-    given = np.zeros(count, dtype=np.int64)
+    given = np.zeros(len(taken), dtype=np.int64)
     for effective in effective_samples:
-        wanted = np.ceil(rounds * np.maximum(SPARE * ENOUGH_SAMPLES / effective - 1, 0)).astype(np.int64)
-        wanted = np.minimum(wanted, int(np.quantile(wanted, TRUSTED_SHARE, method="lower")))
+        whole = np.ceil(taken * SPARE * ENOUGH_SAMPLES / effective)
+        whole = np.minimum(whole, np.quantile(whole, TRUSTED_SHARE, method="lower"))
+        wanted = np.maximum(whole - taken, 0).astype(np.int64)
         if wanted.sum() > extra:
             break
         given = wanted
     left = extra - given.sum()
-    given += left // count
-    given[: left % count] += 1
-    return np.repeat(np.arange(count), given)
+    given += left // len(taken)
+    given[: left % len(taken)] += 1
+    return np.repeat(np.arange(len(taken)), given)
 
 
 def _by_prompt(scores: Tensor, prompts: np.ndarray, count: int) -> Tensor:
@@ -258,7 +266,7 @@ def _scores(
     with reference.activated() as model, autocast(accelerator):
         responses, _ = sample_responses(
             model, prompts, uniforms, lengths, microbatch_size=rollout.rollout_microbatch_size,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, options=sampling_options(config),
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, options=sampling_options(rollout),
         )  # fmt: skip
         texts = response_texts(responses, prompts.text, tokenizer)
         return all_or_none(accelerator, lambda: checked_scores(reward, prompts.text, texts))

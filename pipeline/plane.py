@@ -39,7 +39,7 @@ def draw_plane(path: Path, figures: Mapping[str, object], frontier: Frontier | N
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     if frontier is not None:
-        _draw_frontier(axes, frontier)
+        draw_frontier(axes, frontier)
     way, reward = figures["way"], figures["reward"]
     axes.plot(*_points(way), ".-", color="tab:orange", linewidth=1, label="training, means of steps")
     axes.plot(0, reward["before"]["mean"], "o", color="tab:gray", label="original, held-out prompts")
@@ -56,7 +56,8 @@ def draw_plane(path: Path, figures: Mapping[str, object], frontier: Frontier | N
     figure.savefig(path)
 
 
-def _draw_frontier(axes: object, frontier: Frontier) -> None:
+def draw_frontier(axes: object, frontier: Frontier) -> None:
+    """Draw the best reward at each KL with its interval into matplotlib axes; dotted where it is not to be trusted."""
     trusted, rewards, kls = frontier.trusted, frontier.rewards.mean(0), frontier.kls.mean(0)
     axes.plot(kls[trusted], rewards[trusted], color="tab:blue", label="best possible")
     beyond = ~trusted | np.append(~trusted[1:], True)  # from the last trusted point on

@@ -8,8 +8,8 @@ Writes into output_dir: config.yaml, metrics.jsonl, checkpoints, the tuned model
 evaluation.json, evaluation.md and plane.png. A run that was cut off goes on from its newest checkpoint (--resume).
 
 Exit codes: 0 finished; 1 a worker failed, with its traceback; 2 a setting, file or reward is at fault and nothing was
-trained; 3 the reward failed in mid-run; 130, 138, 143 stopped by SIGINT (Ctrl-C), SIGUSR1 or SIGTERM. In 3 and those a
-checkpoint and the model are saved.
+trained; 3 the reward failed in mid-run; 4 a guard ended the run (pipeline/guards.py); 130, 138, 143 stopped by SIGINT
+(Ctrl-C), SIGUSR1 or SIGTERM. In 3, 4 and those a checkpoint and the model are saved: in 4 of the last good state.
 """
 
 import signal
@@ -21,12 +21,13 @@ from pipeline.assembly import (
     Parts,
     build_parts,
     choose_rollout_microbatch,
+    config_warnings,
     open_data,
     parse_config,
-    sampling_warning,
 )
 from pipeline.config import Config, require_divides_by_workers
 from pipeline.errors import (
+    GUARD_STOPPED,
     REWARD_FAILED,
     STOPPED_BY_SIGNAL,
     UserError,
@@ -36,6 +37,7 @@ from pipeline.errors import (
     worker_faults,
 )
 from pipeline.evaluation import evaluate
+from pipeline.guards import GuardError
 from pipeline.models.saving import save_policy
 from pipeline.reporting import Reporter
 from pipeline.run_directory import (
@@ -51,7 +53,7 @@ from pipeline.run_directory import (
     plan_start,
     settings_of,
 )
-from pipeline.runtime.checkpoints import Checkpoints, check_topology
+from pipeline.runtime.checkpoints import Checkpoints, check_topology, newest_whole
 from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
 from pipeline.runtime.engine import check_can_compile, check_can_shard_reference, gathered, precision, strategy
 from pipeline.runtime.signals import StopRequest
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
-    """Everything between the command line and the exit code, and the error of a reward that failed in mid-run."""
+    """Everything between the command line and the exit code, and the error of a run that failed on its way."""
     with user_errors():
         config = parse_config(__doc__)
         accelerator = make_accelerator(config.run.mixed_precision)
@@ -94,12 +96,12 @@ def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
         reporter.console.say(describe(config, data, parts, accelerator))
         if saved is not None:
             reporter.console.say(f"Going on from {start.checkpoint}, after step {trainer.finished}.")
-        if warning := sampling_warning(config):
+        for warning in config_warnings(config):
             reporter.console.say(f"warning: {warning}")
         failure = run(trainer, checkpoints, reporter, config, data, parts)
     accelerator.wait_for_everyone()
     if failure is not None:
-        return REWARD_FAILED, failure
+        return GUARD_STOPPED if isinstance(failure, GuardError) else REWARD_FAILED, failure
     return STOPPED_BY_SIGNAL + trainer.stopped_by if trainer.stopped_by else 0, None
 
 
@@ -125,9 +127,9 @@ def prepare(config: Config, accelerator: Accelerator, start: Start) -> tuple[Dat
 def run(
     trainer: PPOTrainer, checkpoints: Checkpoints, reporter: Reporter, config: Config, data: Data, parts: Parts
 ) -> UserError | None:
-    """Train, save, evaluate. What was learned is saved also where the reward fails; its error is returned then."""
+    """Train, save, evaluate. What was learned is saved also where the training fails; its error is returned then."""
     accelerator, say = trainer.accelerator, reporter.console.say
-    kept = trainer.finished
+    kept = trainer.finished or None
 
     def keep(*, now: bool = False) -> None:
         nonlocal kept
@@ -143,12 +145,16 @@ def run(
         except UserError as error:  # a full disk must not end a run that could go on
             say(f"warning: {error}")
 
+    if config.run.save_every_steps and not trainer.finished:
+        keep(now=True)  # so that there is a good state to go back to from the first step on
     failure = None
     try:
-        trainer.train(reporter.step, keep)
+        trainer.train(reporter.step, keep, lambda problem: say(f"warning: {problem}"))
     except UserError as error:
         failure = error
-    if failure is not None or trainer.stop_requested():
+    if isinstance(failure, GuardError):
+        say(go_back(trainer, checkpoints))
+    elif failure is not None or trainer.stop_requested():
         keep(now=True)
     with gathered(trainer.engine):
         if accelerator.is_main_process:
@@ -179,6 +185,15 @@ def run(
     if accelerator.is_main_process:
         (config.output_dir / FINISHED).touch()
     return None
+
+
+def go_back(trainer: PPOTrainer, checkpoints: Checkpoints) -> str:
+    """Give the policy back its newest checkpoint, which is of before the first bad step; returns what was done."""
+    last_good = on_main(trainer.accelerator, lambda: newest_whole(checkpoints.directory, print))
+    if last_good is None:
+        return "There is no checkpoint to go back to: the model saved is the spoilt one."
+    trainer.restore(checkpoints.load(last_good)["trainer"])
+    return f"Back to the last good state, after step {trainer.finished}: {last_good}"
 
 
 def describe(config: Config, data: Data, parts: Parts, accelerator: Accelerator) -> str:

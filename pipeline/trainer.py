@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
+from pipeline.guards import Guards
 from pipeline.metrics import step_metrics
 from pipeline.models.forward import output_head
 from pipeline.models.packing import pack
@@ -31,7 +32,7 @@ from pipeline.rollout.rollout import (
     response_texts,
     sample_responses,
 )
-from pipeline.rollout.sampling import SamplingOptions, sampling_noise
+from pipeline.rollout.sampling import sampling_noise, sampling_options
 from pipeline.runtime.distributed import agreed_signal, all_or_none, gather_fields, peak_memory_gigabytes, share
 from pipeline.runtime.engine import autocast, gathered, precision, prepare_engine, settle, strategy
 from pipeline.runtime.overlap import alongside
@@ -42,12 +43,6 @@ from pipeline.update import UpdateStats, first_epoch_outputs, learning_rate_at, 
 # What the trainer tells its caller after each step: (step from 0, metrics, raw scores (N,), sample rows).
 SampleRows = list[tuple[str, str, float]]
 Report = Callable[[int, dict[str, float], Tensor, SampleRows], None]
-
-
-def sampling_options(config: Config) -> SamplingOptions:
-    """How a run's recipe samples."""
-    rollout = config.rollout
-    return SamplingOptions(rollout.temperature, rollout.top_k, rollout.top_p, rollout.eos_min_tokens)
 
 
 class PPOTrainer:
@@ -101,6 +96,7 @@ class PPOTrainer:
         self.graphs = DecodeGraphs(None if how in ("single", "ddp") else f"{how} moves the weights about")
         self.kl_coef = ppo.kl_coef
         self.moments = RunningMoments() if config.reward.reward_scaling else None
+        self.guards = Guards()
         self.stop = stop
         self.stopped_by = 0  # number of the signal that ended the loop early
         self.finished = 0  # steps done
@@ -113,6 +109,7 @@ class PPOTrainer:
             "step": self.finished,
             "kl_coef": self.kl_coef,
             "moments": None if self.moments is None else vars(self.moments),
+            "guards": vars(self.guards),
         }
 
     def restore(self, state: Mapping[str, object]) -> None:
@@ -120,14 +117,16 @@ class PPOTrainer:
         self.finished, self.kl_coef = state["step"], state["kl_coef"]
         if self.moments is not None:
             self.moments = RunningMoments(**state["moments"])
+        self.guards = Guards(**state.get("guards", {}))
 
-    def train(self, report: Report, keep: Callable[[], None]) -> None:
+    def train(self, report: Report, keep: Callable[[], None], warn: Callable[[str], None]) -> None:
         """Run the steps that are left, until the last or a signal; `keep`, called after each, may write a checkpoint.
 
-        A step is taken even where the signal came before it.
+        It is not called after a bad step; `warn` is told of it. A step is taken even where the signal came before it.
 
         Raises:
             RewardError: the reward broke its contract; the policy keeps what it learned until then.
+            GuardError: too many bad steps in a row.
         """
         for step in range(self.finished, self.config.ppo.steps):
             self.phases.seconds.clear()
@@ -149,7 +148,10 @@ class PPOTrainer:
             self.adapt_kl_coef(metrics["kl/sequence_k1"])
             report(step, metrics, rollout.scores, self.sample_rows(rollout, prompts))
             self.finished = step + 1
-            keep()
+            for problem in self.guards.check(self.config.ppo, metrics, stats.applied):
+                warn(f"step {step + 1}: {problem}")
+            if self.guards.content:
+                keep()
             if self.stop_requested():  # not before a step: a job that is stopped and requeued again and again gets on
                 return
 
@@ -188,7 +190,7 @@ class PPOTrainer:
                 microbatch_size=rollout.rollout_microbatch_size,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
-                options=sampling_options(self.config),
+                options=sampling_options(rollout),
                 value_head=self.policy.value_head if self.keeps_outputs else None,
                 graphs=self.graphs,
             )
@@ -288,7 +290,9 @@ class PPOTrainer:
             "episodes": (step + 1) * len(rollout),
             "kl/coef": self.kl_coef,
             "ppo/learning_rate": learning_rate_at(step, self.config.ppo),
-            **{f"ppo/{name}": value for name, value in vars(stats).items()},
+            **{f"ppo/{name}": value for name, value in vars(stats).items() if name != "applied"},
+            "ppo/optimizer_steps": sum(stats.applied),
+            "ppo/skipped_steps": len(stats.applied) - sum(stats.applied),
             **{f"time/{name}_seconds": seconds for name, seconds in self.phases.seconds.items()},
             "memory/peak_gigabytes": peak_memory_gigabytes(self.accelerator.device),
             "throughput/samples_per_second": len(rollout) / self.phases.seconds["step"],

@@ -1,5 +1,6 @@
 """The policy update: epochs of minibatches over one rollout batch, each minibatch one optimiser step."""
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -22,7 +23,7 @@ SUMS = ("policy_loss", "value_loss", "policy_clipped", "value_clipped", "approx_
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Means over all tokens of all minibatches, the same on every worker."""
+    """Means over all tokens of all minibatches whose gradient was finite, the same on every worker."""
 
     policy_loss: float
     value_loss: float
@@ -34,7 +35,7 @@ class UpdateStats:
     first_minibatch_ratio_deviation: float  # largest |ratio - 1| before any update: 0 on policy
     gradient_norm: float  # mean before clipping
     epochs: int
-    optimizer_steps: int
+    applied: tuple[bool, ...]  # of each optimiser step: whether it was taken, its gradient being finite
 
 
 def learning_rate_at(step: int, settings: PPOSettings) -> float:
@@ -67,10 +68,10 @@ def update_policy(
         group["lr"] = learning_rate_at(step, settings)
     device = rollout.tokens.device
     lengths = rollout.lengths()
-    sums = torch.zeros(len(SUMS), device=device)
+    sums = torch.zeros(len(SUMS) + 1, device=device)  # and the tokens they are over
     maxima = torch.zeros(2, device=device)
-    gradient_norm = torch.zeros((), device=device)
-    tokens_seen = epochs = optimizer_steps = 0
+    norms: list[Tensor] = []
+    epochs = 0
     for epoch in range(settings.ppo_epochs):
         order = _permutation(seed, epoch, step, len(rollout))
         epoch_sums = torch.zeros_like(sums)
@@ -78,7 +79,8 @@ def update_policy(
             minibatch = order[start : start + settings.minibatch_size]
             mine = minibatch[share(accelerator, len(minibatch))]
             tokens = int(lengths[minibatch, 1].sum())
-            first = optimizer_steps == 0
+            first = not norms
+            minibatch_sums, minibatch_maxima = torch.zeros_like(sums), torch.zeros_like(maxima)
             for loss in _backward(
                 accelerator,
                 engine,
@@ -91,27 +93,32 @@ def update_policy(
                 temperature=temperature,
                 layout=layout,
             ):
-                epoch_sums += torch.stack([getattr(loss, name).detach().float() for name in SUMS])
-                maxima[0] = torch.maximum(maxima[0], loss.ratio_max)
+                minibatch_sums[:-1] += torch.stack([getattr(loss, name).detach().float() for name in SUMS])
+                minibatch_maxima[0] = torch.maximum(minibatch_maxima[0], loss.ratio_max)
                 if first:
-                    maxima[1] = torch.maximum(maxima[1], loss.ratio_deviation)
-            gradient_norm += optimizer_step(accelerator, engine, optimizer, settings.max_grad_norm)
-            optimizer_steps += 1
+                    minibatch_maxima[1] = torch.maximum(minibatch_maxima[1], loss.ratio_deviation)
+            minibatch_sums[-1] = tokens / accelerator.num_processes
+            norms.append(torch.as_tensor(optimizer_step(accelerator, engine, optimizer, settings.max_grad_norm)))
+            finite = norms[-1].isfinite()
+            epoch_sums += torch.where(finite, minibatch_sums, 0.0)
+            maxima = torch.maximum(maxima, torch.where(finite, minibatch_maxima, 0.0))
         epochs += 1
         epoch_sums, maxima = reduce_stats(accelerator, epoch_sums, maxima)
         sums += epoch_sums
-        epoch_tokens = int(lengths[:, 1].sum())
-        tokens_seen += epoch_tokens
-        epoch_kl = epoch_sums[SUMS.index("approx_kl")] / epoch_tokens
+        epoch_kl = epoch_sums[SUMS.index("approx_kl")] / epoch_sums[-1].clamp_min(1)
         if settings.kl_early_stop is not None and epoch_kl > settings.kl_early_stop:
             break
-    means = (sums / tokens_seen).tolist()
+    means = (sums[:-1] / sums[-1].clamp_min(1)).tolist()
+    norms = torch.stack(norms).tolist()
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    # With float16 the loss scale is found by overflowing, which is no fault.
+    searching = getattr(accelerator, "scaler", None) is not None
     return UpdateStats(
         *means,
         *maxima.tolist(),
-        gradient_norm=(gradient_norm / optimizer_steps).item(),
+        gradient_norm=sum(finite) / max(1, len(finite)),
         epochs=epochs,
-        optimizer_steps=optimizer_steps,
+        applied=tuple(searching or math.isfinite(norm) for norm in norms),
     )
 
 

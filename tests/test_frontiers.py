@@ -44,15 +44,20 @@ def test_overspend_is_the_ratio_with_the_uncertainty_of_both():
     assert same["kl_overspend"] == pytest.approx(1.0, abs=0.1)
 
 
-def test_further_samples_go_where_the_optimum_has_few():
-    shares = np.array([0.5, 0.5, 0.25, 0.25, 0.1, 0.1, 0.05, 0.05, 0.05, 0.001])  # of 32 samples each, at a low price
+def test_further_samples_go_where_the_optimum_has_few(monkeypatch):
+    monkeypatch.setattr("pipeline.frontiers.ENOUGH_SAMPLES", 10.0)
+    shares = np.array([0.5, 0.5, 0.25, 0.25, 0.1, 0.1, 0.05, 0.05, 0.05, 0.001])  # effective ones, at a low price
+    taken = np.full(10, 32)
     effective = np.maximum(1.0, 32 * np.stack([np.ones(10), shares, shares**4]))
-    more = np.bincount(more_samples(effective, 32), minlength=10)
-    assert more.sum() == 320
     # 12 effective ones are aimed at: 1.6 of 32 take 208 more, which 320 does not buy thrice; all is shared out evenly.
-    assert (more == 32).all()
-    more = np.bincount(more_samples(np.maximum(1.0, 100 * np.stack([np.ones(10), shares])), 100), minlength=10)
+    assert np.bincount(more_samples(effective, taken, 320)).tolist() == [32] * 10
+    effective = np.maximum(1.0, 100 * np.stack([np.ones(10), shares]))
+    more = np.bincount(more_samples(effective, np.full(10, 100), 1000))
     assert more.tolist() == [40, 40, 40, 40, 60, 60, 180, 180, 180, 180]
+    # Who has had more already gets less: 240 are wanted of the hard ones, no more than that of the hardest.
+    taken = np.array([100] * 6 + [200, 240, 300, 400])
+    more = np.bincount(more_samples(taken * np.stack([np.ones(10), shares]), taken, 80), minlength=10)
+    assert more.tolist() == [0, 0, 0, 0, 20, 20, 40, 0, 0, 0]
 
 
 def test_it_is_saved_and_read_back_to_five_digits(tmp_path):

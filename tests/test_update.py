@@ -17,6 +17,7 @@ from pipeline.ppo.advantages import Advantages, compute_advantages
 from pipeline.ppo.losses import ppo_loss
 from pipeline.rollout.rollout import Responses, Rollout, policy_outputs
 from pipeline.runtime.engine import autocast
+from pipeline.runtime.randomness import generator
 from pipeline.update import first_epoch_outputs, learning_rate_at, update_policy
 
 COUNT, WIDTH, LENGTH, TEMPERATURE = 16, 3, 6, 0.9
@@ -163,7 +164,7 @@ def test_the_microbatch_size_changes_neither_weights_nor_statistics(update):
 def test_optimizer_steps_are_epochs_times_minibatches(update):
     for epochs, minibatch, steps in ((1, 16, 1), (3, 8, 6), (2, 4, 8)):
         _, stats = update(settings(ppo_epochs=epochs, minibatch_size=minibatch))
-        assert (stats.epochs, stats.optimizer_steps) == (epochs, steps)
+        assert (stats.epochs, len(stats.applied)) == (epochs, steps)
 
 
 def test_every_epoch_sees_every_sample_once_in_an_order_of_seed_step_and_epoch(
@@ -195,7 +196,7 @@ def test_early_stop_ends_after_the_epoch_that_passed_the_bound(update):
     assert 0 < first_epoch.approx_kl < all_epochs.approx_kl
     for bound, epochs in ((first_epoch.approx_kl / 2, 1), (first_epoch.approx_kl * 1.01, 2), (1e9, 3), (None, 3)):
         _, stats = update(settings(ppo_epochs=3, kl_early_stop=bound))
-        assert (stats.epochs, stats.optimizer_steps) == (epochs, 2 * epochs), bound
+        assert (stats.epochs, len(stats.applied)) == (epochs, 2 * epochs), bound
 
 
 def test_the_gradient_is_clipped_to_the_norm_and_reported_before_clipping(update, tokenizer):
@@ -249,3 +250,35 @@ def test_read_in_the_first_epochs_microbatches_the_first_ratio_is_one_in_any_pre
     assert stats.first_minibatch_ratio_deviation < 2e-5
     PartialState._reset_state()
     AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "fused adam"])
+def test_a_minibatch_with_a_gradient_that_is_not_finite_is_skipped_and_left_out_of_the_figures(
+    tokenizer, rollout, advantages, kind
+):
+    accelerator = Accelerator(cpu=True)
+
+    def run(advantages):
+        policy = fresh_policy(tokenizer)
+        fused = torch.optim.AdamW(policy.parameters(), lr=123.0, fused=True, weight_decay=0.0)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=123.0) if kind == "sgd" else fused
+        engine, optimizer = accelerator.prepare(policy, optimizer)
+        stats = update_policy(accelerator, engine, optimizer, rollout, advantages, settings(ppo_epochs=1),
+                              step=0, seed=0, temperature=TEMPERATURE, layout=policy.layout)  # fmt: skip
+        moments = optimizer.optimizer.state_dict()["state"]
+        return flat(policy), stats, moments
+
+    clean, clean_stats, _ = run(advantages)
+    assert clean_stats.applied == (True, True)
+    spoilt = advantages.advantages.clone()
+    order = generator(0, "minibatches of epoch 0", 0).permutation(COUNT)
+    spoilt[order[-1], 0] = torch.inf  # in the second of two minibatches
+    once, stats, moments = run(replace(advantages, advantages=spoilt))
+    assert stats.applied == (True, False)
+    assert once.isfinite().all() and not torch.equal(once, clean)
+    assert all(torch.isfinite(value).all() for state in moments.values() for value in state.values())
+    assert all(state["step"] == 1 for state in moments.values() if "step" in state)
+    figures = [value for name, value in vars(stats).items() if name != "applied"]
+    assert torch.tensor(figures).isfinite().all() and stats.ratio_mean == pytest.approx(1.0, abs=1e-6)
+    neither, stats, _ = run(replace(advantages, advantages=torch.full_like(spoilt, torch.nan)))
+    assert stats.applied == (False, False) and torch.equal(neither, flat(fresh_policy(tokenizer)))

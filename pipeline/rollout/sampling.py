@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.config import RolloutSettings
 from pipeline.runtime.randomness import generator
 
 BLOCK = 256  # tokens
@@ -24,6 +25,11 @@ class SamplingOptions:
     def is_pure(self) -> bool:
         """Whether samples follow the distribution whose log-probs are reported."""
         return not self.greedy and self.top_k == 0 and self.top_p >= 1.0 and self.min_tokens == 0
+
+
+def sampling_options(rollout: RolloutSettings) -> SamplingOptions:
+    """How a recipe samples."""
+    return SamplingOptions(rollout.temperature, rollout.top_k, rollout.top_p, rollout.eos_min_tokens)
 
 
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:

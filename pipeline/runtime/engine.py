@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from pipeline.errors import UserError
@@ -141,14 +142,23 @@ def backward(accelerator: Accelerator, engine: nn.Module, loss: Tensor, *, last:
 def optimizer_step(
     accelerator: Accelerator, engine: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> Tensor:
-    """Clip, step, clear; returns the gradient's global norm before clipping."""
+    """Clip, step, clear; returns the gradient's global norm before clipping.
+
+    Where that is not finite the step is skipped, on every worker, and weights and moments stay as they are.
+    """
     if is_deepspeed(accelerator):
         engine.step()  # clips by its configuration
         return torch.as_tensor(engine.get_global_grad_norm(), device=accelerator.device)
     norm = accelerator.clip_grad_norm_(engine.parameters(), max_grad_norm)
-    optimizer.step()
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if getattr(inner, "_step_supports_amp_scaling", False) and not isinstance(engine, FSDPModule):
+        inner.found_inf = (~norm.isfinite()).float()  # fused Adam skips by itself, and nobody waits for the device
+        optimizer.step()
+    elif norm.isfinite():
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm
 
 
 def check_can_shard_reference(accelerator: Accelerator) -> None:
