@@ -18,6 +18,7 @@ usage() {
                                                 recipes/sft_* and reward_* train language model and classifier
 sbatch --nodes=2 --gpus-per-node=4 launch.sh recipes/X.yaml [--setting value …]
                                                 the same as a SLURM job (docs/slurm.md)
+./launch.sh frontier [recipes/X.yaml] […]       estimate the best reward at each KL of a recipe (python -m pipeline.frontier)
 ./launch.sh --dry-run […]                       print the commands that would run, and stop
 ./launch.sh test [pytest arguments]             run the tests
 ./launch.sh setup                               make the environment and stop
@@ -68,7 +69,7 @@ cd "$root"
 
 recipe="" config="" workers="" precision="" settings=() # as given; workers are those of each machine
 machines=1 machine_rank="" main_ip="" main_port=""
-dry_run=""
+dry_run="" command_given=""
 command=() # for accelerate launch
 
 read_arguments() {
@@ -160,6 +161,7 @@ choose_command() {
   gpus=$(count_gpus)
   case "$(basename "$recipe")" in sft_*) module=pipeline.sft ;; reward_*) module=pipeline.reward_model ;; esac
   if [ "$module" != pipeline.train ] && [ -z "$config" ]; then on_cpu=1; fi
+  module="${command_given:-$module}"
   if [ -z "$workers" ]; then
     if [ "$config" = single_gpu ]; then
       workers=1
@@ -278,5 +280,6 @@ case "${1:-}" in
     export HF_HUB_OFFLINE=1
     exec python -m pytest "$@"
     ;;
+  frontier) shift; command_given=pipeline.frontier; train "$@" ;;
   *) train "$@" ;;
 esac

@@ -8,7 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.errors import GUARD_STOPPED
+
 ROOT = Path(__file__).resolve().parents[1]
+ENDED_BY_GUARD = "ended_by_guard"  # an empty file in the directory of such a run
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ def complete(recipe: Path, runs: Sequence[Run], *, together: int) -> None:
     """
 
     def one(run: Run) -> None:
-        if (run.directory / "evaluation.json").is_file():
+        if any((run.directory / name).is_file() for name in ("evaluation.json", ENDED_BY_GUARD)):
             return
         command = ["./launch.sh", str(recipe), "--output_dir", str(run.directory), *run.settings]
         environment = dict(os.environ)
@@ -34,7 +37,9 @@ def complete(recipe: Path, runs: Sequence[Run], *, together: int) -> None:
             command += ["--config", "single_gpu"]
             environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // together))
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        if done.returncode not in (0, 4):
+        if done.returncode == GUARD_STOPPED:
+            (run.directory / ENDED_BY_GUARD).touch()
+        elif done.returncode != 0:
             raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
 
     with ThreadPoolExecutor(together) as pool:
@@ -44,7 +49,7 @@ def complete(recipe: Path, runs: Sequence[Run], *, together: int) -> None:
 def row(directory: Path) -> dict[str, object]:
     """The figures of a finished run that tables are made of."""
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    if not (directory / "evaluation.json").is_file():
+    if (directory / ENDED_BY_GUARD).is_file():
         return {"ended_by_guard": len(steps)}
     figures = json.loads((directory / "evaluation.json").read_text())
     before, after = figures["before"], figures["after"]
@@ -55,6 +60,7 @@ def row(directory: Path) -> dict[str, object]:
         "ci95": after["probability"]["ci95"],
         "logit": after["logit"]["mean"],
         "kl": figures["kl"],
+        "beyond_frontier": "beyond" in frontier,
         "kl_needed": frontier.get("kl_needed"),
         "kl_overspend": frontier.get("kl_overspend"),
         "kl_overspend_ci95": frontier.get("kl_overspend_ci95"),
@@ -72,7 +78,7 @@ def cells(figures: dict[str, object]) -> list[str]:
     if "ended_by_guard" in figures:
         return [f"ended by a guard after step {figures['ended_by_guard']}", "", "", ""]
     low, high = figures["ci95"]
-    spent = "beyond what is known" if figures["kl_needed"] else "unknown"
+    spent = "beyond what is known" if figures["beyond_frontier"] else "unknown"
     if figures["kl_overspend"] is not None:
         spent = "{:.2f} ({:.2f} to {:.2f})".format(figures["kl_overspend"], *figures["kl_overspend_ci95"])
     return [

@@ -1,7 +1,7 @@
 """Estimate the best reward at each KL of a recipe: what a perfect policy could do with its reference and reward.
 
-    python -m pipeline.frontier --config recipes/quickstart.yaml    # writes runs/frontiers/quickstart.json
-    ./launch.sh recipes/quickstart.yaml                             # its evaluation now says how far it is from that
+    ./launch.sh frontier recipes/quickstart.yaml    # writes runs/frontiers/quickstart.json
+    ./launch.sh recipes/quickstart.yaml             # its evaluation now says how far it is from that
 
 Trains nothing: samples the reference (frontier_samples responses to each of frontier_prompts held-out prompts, in the
 mean: more go where they are needed more) and weights the samples. Under accelerate launch the workers share the

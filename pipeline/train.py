@@ -155,7 +155,9 @@ def run(
     if isinstance(failure, GuardError):
         say(go_back(trainer, checkpoints))
     elif failure is not None or trainer.stop_requested():
-        keep(now=True)
+        good = trainer.guards.content or not config.run.save_every_steps  # else one from before the bad steps is there
+        if good:
+            keep(now=True)
     with gathered(trainer.engine):
         if accelerator.is_main_process:
             save_policy(

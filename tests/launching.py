@@ -5,7 +5,12 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+from pipeline.errors import STATUS_FILE_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,6 +34,18 @@ def launch(
         **(env or {}),
     }
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run_here(main: Callable[[], None], *arguments: object) -> int:
+    """Run a command in this process; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(STATUS_FILE_VARIABLE, raising=False)
+        patch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stopped:
+            return stopped.code
+    return 0
 
 
 def user_environment(**more: str) -> dict[str, str]:

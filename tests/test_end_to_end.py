@@ -110,5 +110,8 @@ def test_benchmarks_read_a_finished_run(finished, tmp_path):
     assert f"{figures['after']:.3f}" in table and table.count("\n") == 2
     seeds.draw(tmp_path / "seeds.png", [{"seed": 0, **figures}], None)
     assert (tmp_path / "seeds.png").stat().st_size > 10_000
+    unknown = {"kl_overspend": None, "beyond_frontier": False}
+    assert runs.cells(figures | unknown)[2] == "unknown"
+    assert runs.cells(figures | unknown | {"beyond_frontier": True})[2] == "beyond what is known"
     averaged = sweep.mean([figures, figures | {"after": figures["after"] + 0.1}])
     assert averaged["after"] == pytest.approx(figures["after"] + 0.05) and len(averaged["ci95"]) == 2

@@ -1,16 +1,14 @@
 """A recipe's frontier: made, kept, refused where it is another's, and the evaluation held against it."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from launching import launch
+from launching import launch, run_here
 
 from pipeline import frontier as command
 from pipeline import train
 from pipeline.config import ConfigError
-from pipeline.errors import STATUS_FILE_VARIABLE
 from pipeline.frontiers import Frontier, check_belongs, load_frontier, more_samples, overspend
 
 
@@ -81,19 +79,12 @@ def test_another_recipes_frontier_is_refused_by_what_differs():
 
 
 @pytest.fixture
-def run(monkeypatch, tiny_recipe, capfd):
+def run(tiny_recipe, capfd):
     """Run a command with the tiny recipe: (exit code, what it printed)."""
-    monkeypatch.delenv(STATUS_FILE_VARIABLE, raising=False)
 
     def run(module, *settings):
-        monkeypatch.setattr(sys, "argv", ["command", "--config", tiny_recipe, *map(str, settings)])
-        code = 0
-        try:
-            module.main()
-        except SystemExit as stopped:
-            code = stopped.code
-        output = capfd.readouterr()
-        return code, output.out + output.err
+        code = run_here(module.main, "--config", tiny_recipe, *settings)
+        return code, "".join(capfd.readouterr())
 
     return run
 

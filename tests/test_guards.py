@@ -3,12 +3,12 @@
 import json
 import math
 import re
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from launching import launch, metrics
+from launching import launch, metrics, run_here
 from transformers import AutoModelForCausalLM
 
 from pipeline import train as command
@@ -87,19 +87,12 @@ def text_length(prompts, responses):
 @pytest.fixture
 def train(monkeypatch, tiny_recipe, tmp_path, capfd):
     """Train with the tiny recipe: (exit code, what was printed)."""
-    monkeypatch.delenv(STATUS_FILE_VARIABLE, raising=False)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
     def train(*settings):
-        arguments = ["--output_dir", tmp_path / "run", "--reward", "test_guards:text_length", "--steps", 30, *settings]
-        monkeypatch.setattr(sys, "argv", ["train", "--config", tiny_recipe, *map(str, arguments)])
-        code = 0
-        try:
-            command.main()
-        except SystemExit as stopped:
-            code = stopped.code
-        output = capfd.readouterr()
-        return code, output.out + output.err
+        always = ("--output_dir", tmp_path / "run", "--reward", "test_guards:text_length", "--steps", 30)
+        code = run_here(command.main, "--config", tiny_recipe, *always, *settings)
+        return code, "".join(capfd.readouterr())
 
     return train
 
@@ -152,6 +145,24 @@ def test_what_was_learned_before_the_first_bad_step_is_kept(train, tmp_path, mon
     assert len(metrics(tmp_path / "run")) == 7
     state = json.loads((whole / "trainer_state.json").read_text())["trainer"]
     assert state["step"] == 4 and state["guards"]["bad"] == 0
+
+
+def test_a_signal_between_bad_steps_leaves_the_checkpoint_from_before_them(train, tmp_path, monkeypatch):
+    reference_logprobs, draw_prompts = PPOTrainer.reference_logprobs, PPOTrainer.draw_prompts
+
+    def moved(self, responses):
+        return reference_logprobs(self, responses) - (10.0 if self.finished >= 4 else 0.0)
+
+    def interrupted(self, step):
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return draw_prompts(self, step)
+
+    monkeypatch.setattr(PPOTrainer, "reference_logprobs", moved)
+    monkeypatch.setattr(PPOTrainer, "draw_prompts", interrupted)
+    code, _ = train("--save_every_steps", "2")
+    assert code == 128 + signal.SIGTERM and len(metrics(tmp_path / "run")) == 6
+    assert newest_whole(tmp_path / "run" / CHECKPOINTS, print).name == "step_000004"
 
 
 def test_losses_that_are_not_finite_are_skipped_and_three_in_a_row_end_the_run(train, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """launch.sh as a user meets it."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -58,6 +59,16 @@ def test_help_names_every_way_to_call_it():
 def test_a_missing_file_is_named_before_anything_is_started(arguments, message):
     done = run(*arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_recipes_frontier_is_estimated_by_the_same_workers_and_precision_as_its_training():
+    training, frontier = run("--dry-run"), run("frontier", "--dry-run")
+    assert frontier.returncode == 0 and "-m pipeline.frontier --config recipes/quickstart.yaml" in frontier.stdout
+
+    def words(done):
+        return re.sub(r"--main_process_port \d+", "", done.stdout).replace("pipeline.frontier", "pipeline.train")
+
+    assert words(frontier) == words(training)
 
 
 def test_a_bad_setting_ends_all_workers_with_one_line_and_exit_code_2(tmp_path, tiny_recipe):
