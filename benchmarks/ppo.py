@@ -86,7 +86,7 @@ def main() -> None:
         ceilings = [product_ceiling(dtype, device)]
         steps: list[dict[str, float]] = []
         trainer.config.ppo.steps = arguments.steps + 1  # the first warms up
-        trainer.train(lambda _step, metrics, _scores, _rows: steps.append(metrics), lambda: None, print)
+        trainer.train(lambda report: steps.append(report.metrics), lambda: None, print)
         ceilings.append(product_ceiling(dtype, device))
     ceiling, bandwidth = max(ceilings), copy_bandwidth(device)
     seconds = {p: spread([s.get(f"time/{p}_seconds", 0.0) for s in steps[1:]]) for p in PHASES}

@@ -35,6 +35,7 @@ from pipeline.runtime.engine import autocast
 EVALUATION_SEED = 20260  # fixed, so that runs of any seed are compared on the same prompts and noise
 BOOTSTRAP_SAMPLES = 10_000
 PLANE_FILE = "plane.png"
+SAMPLES_FILE = "evaluation_samples.jsonl"
 _WORD = re.compile(r"[\w']+|[^\w\s]")
 
 
@@ -43,7 +44,7 @@ class Evaluation:
     """`figures` as evaluation.json holds them, and one row a prompt for reading side by side."""
 
     figures: dict[str, object]
-    rows: list[dict[str, object]]  # prompt, before, after, before_score, after_score
+    rows: list[dict[str, object]]  # prompt; before and after with score and every measure; KL of after
     frontier: Frontier | None = None  # what it was held against
 
 
@@ -147,8 +148,11 @@ def evaluate(
             "prompt": prompts.text[i],
             "before": texts["before"][i],
             "before_score": before.measures[i, shown].item(),
+            "before_measures": dict(zip(names, before.measures[i].tolist(), strict=True)),
             "after": texts["after"][i],
             "after_score": after.measures[i, shown].item(),
+            "after_measures": dict(zip(names, after.measures[i].tolist(), strict=True)),
+            "after_kl": after.kl[i].item(),
         }
         for i in range(count)
     ]
@@ -215,11 +219,14 @@ def _side(
 def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
     """Write `evaluation.json` (the figures), `evaluation.md` (figures and samples side by side) and `plane.png`.
 
+    All samples go to `evaluation_samples.jsonl`, a prompt a line, as `Evaluation.rows` has them.
     The way of the training over the plane of KL and reward is added to the figures, from the metrics in `directory`.
     """
     evaluation.figures["way"] = way_of(directory / METRICS_FILE)
     draw_plane(directory / PLANE_FILE, evaluation.figures, evaluation.frontier)
     (directory / "evaluation.json").write_text(json.dumps(evaluation.figures, indent=2) + "\n", encoding="utf-8")
+    with (directory / SAMPLES_FILE).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in evaluation.rows)
     figures, samples = _markdown(figures_table(evaluation)), _markdown(samples_table(evaluation, 20))
     plane = f"![KL and reward of the training]({PLANE_FILE})"
     text = f"# Before and after\n\n{figures}\n\n{plane}\n\n## Samples\n\n{samples}\n"

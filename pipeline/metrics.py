@@ -1,10 +1,35 @@
 """The figures of one PPO step."""
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from pipeline.ppo.advantages import Advantages, explained_variance
 from pipeline.ppo.kl import kl_estimate
 from pipeline.rollout.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, a response and what was made of it."""
+
+    prompt: str
+    response: str
+    score: float  # the reward
+    parts: dict[str, float]  # the reward's components by name, before weighting
+    kl: float  # of the response from the reference, nats: log p - log q summed over its tokens
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the trainer tells its caller after a step."""
+
+    step: int  # finished, from 1
+    metrics: dict[str, float]
+    scores: Tensor  # (N,) rewards of the global batch
+    parts: dict[str, Tensor]  # (N,) each: the reward's components by name, before weighting
+    samples: list[Sample]
 
 
 def step_metrics(rollout: Rollout, advantages: Advantages, eos_token_id: int) -> dict[str, float]:

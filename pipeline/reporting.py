@@ -4,10 +4,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from pipeline.config import Config
 from pipeline.evaluation import PLANE_FILE, Evaluation, figures_table, samples_table, write_evaluation
+from pipeline.metrics import StepReport
 from pipeline.run_directory import CONFIG_FILE, METRICS_FILE
 from pipeline.runtime.console import Console
 from pipeline.runtime.tracking import MetricsFile, WandbTracker
@@ -67,14 +66,14 @@ class Reporter:
         """What a resumed run's reporter needs to go on."""
         return {"resumable": True, "wandb": None if self._wandb is None else self._wandb.state()}
 
-    def step(self, step: int, metrics: dict[str, float], scores: Tensor, samples: list[tuple[str, str, float]]) -> None:
+    def step(self, report: StepReport) -> None:
         """Write and show one step's figures; samples every `samples_every_steps`."""
         if not self.enabled:
             return
+        metrics, step, steps = report.metrics, report.step, self.config.ppo.steps
         self._metrics.write(metrics)
-        steps = self.config.ppo.steps
-        self._first_step = step if self._first_step is None else self._first_step
-        left = (time.monotonic() - self._started) / (step + 1 - self._first_step) * (steps - step - 1)
+        self._first_step = step - 1 if self._first_step is None else self._first_step
+        left = (time.monotonic() - self._started) / (step - self._first_step) * (steps - step)
         shown = {
             "reward": f"{metrics['reward/mean']:+.3f}",
             "KL": f"{metrics['kl/sequence_k1']:.2f}",
@@ -83,11 +82,12 @@ class Reporter:
         }
         self.console.step(step, shown, left)
         if self._wandb is not None:
-            self._wandb.log(step + 1, metrics, scores)
-        if (step + 1) % self.config.run.samples_every_steps == 0 or step + 1 == steps:
-            self.console.samples(samples)
+            self._wandb.log(step, metrics, report.scores)
+        if step % self.config.run.samples_every_steps == 0 or step == steps:
+            rows = [(sample.prompt, sample.response, sample.score) for sample in report.samples]
+            self.console.samples(rows)
             if self._wandb is not None:
-                self._wandb.log_samples(step + 1, samples)
+                self._wandb.log_samples(step, rows)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Write and show the comparison before/after."""

@@ -5,7 +5,8 @@
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m pipeline.train --config recipes/gpt2_imdb.yaml
 
 Writes into output_dir: config.yaml, metrics.jsonl, checkpoints, the tuned model with tokenizer and value head,
-evaluation.json, evaluation.md and plane.png. A run that was cut off goes on from its newest checkpoint (--resume).
+evaluation.json, .md and _samples.jsonl, plane.png. A run that was cut off goes on from its newest checkpoint, see
+--resume.
 
 Exit codes: 0 finished; 1 a worker failed, with its traceback; 2 a setting, file or reward is at fault and nothing was
 trained; 3 the reward failed in mid-run; 4 a guard ended the run (pipeline/guards.py); 130, 138, 143 stopped by SIGINT

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
 from pipeline.guards import Guards
-from pipeline.metrics import step_metrics
+from pipeline.metrics import Sample, StepReport, step_metrics
 from pipeline.models.forward import output_head
 from pipeline.models.packing import pack
 from pipeline.models.policy import Policy, Reference
@@ -39,10 +39,6 @@ from pipeline.runtime.overlap import alongside
 from pipeline.runtime.profiling import profiled
 from pipeline.runtime.signals import StopRequest
 from pipeline.update import UpdateStats, first_epoch_outputs, learning_rate_at, update_policy
-
-# What the trainer tells its caller after each step: (step from 0, metrics, raw scores (N,), sample rows).
-SampleRows = list[tuple[str, str, float]]
-Report = Callable[[int, dict[str, float], Tensor, SampleRows], None]
 
 
 class PPOTrainer:
@@ -119,7 +115,9 @@ class PPOTrainer:
             self.moments = RunningMoments(**state["moments"])
         self.guards = Guards(**state.get("guards", {}))
 
-    def train(self, report: Report, keep: Callable[[], None], warn: Callable[[str], None]) -> None:
+    def train(
+        self, report: Callable[[StepReport], None], keep: Callable[[], None], warn: Callable[[str], None]
+    ) -> None:
         """Run the steps that are left, until the last or a signal; `keep`, called after each, may write a checkpoint.
 
         It is not called after a bad step; `warn` is told of it. A step is taken even where the signal came before it.
@@ -146,7 +144,7 @@ class PPOTrainer:
                     stats = self.update(step, rollout, advantages)
             metrics = self.metrics(step, rollout, advantages, stats)
             self.adapt_kl_coef(metrics["kl/sequence_k1"])
-            report(step, metrics, rollout.scores, self.sample_rows(rollout, prompts))
+            report(self.report(step, metrics, rollout, prompts))
             self.finished = step + 1
             for problem in self.guards.check(self.config.ppo, metrics, stats.applied):
                 warn(f"step {step + 1}: {problem}")
@@ -299,11 +297,19 @@ class PPOTrainer:
             "throughput/tokens_per_second": rollout.response_mask.sum().item() / self.phases.seconds["step"],
         }
 
-    def sample_rows(self, rollout: Rollout, prompts: PromptBatch, count: int = 2) -> SampleRows:
-        """The first responses of the batch with their scores."""
-        some = rollout.take(slice(0, count))
-        responses = response_texts(some, prompts.text[:count], self.tokenizer)
-        return list(zip(prompts.text[:count], responses, some.scores.tolist(), strict=True))
+    def report(
+        self, step: int, metrics: dict[str, float], rollout: Rollout, prompts: PromptBatch, shown: int = 2
+    ) -> StepReport:
+        """A step's figures with the first `shown` responses of the batch."""
+        some = rollout.take(slice(0, shown))
+        name = self.config.reward.reward
+        responses = response_texts(some, prompts.text[:shown], self.tokenizer)
+        kl = kl_estimate(some.logprobs, some.ref_logprobs, "k1").sum(1).tolist()
+        samples = [
+            Sample(prompt, response, score, {name: score}, nats)
+            for prompt, response, score, nats in zip(prompts.text, responses, some.scores.tolist(), kl, strict=False)
+        ]
+        return StepReport(step + 1, metrics, rollout.scores, {name: rollout.scores}, samples)
 
     def _profiled(self, step: int) -> AbstractContextManager[None]:
         if step != self.config.run.profile or not self.accelerator.is_main_process:

@@ -43,14 +43,12 @@ class Console:
         self._rich.print(Text(text))
 
     def step(self, step: int, figures: dict[str, str], seconds_left: float) -> None:
-        """Show the figures of a finished step (counted from 0)."""
+        """Show the figures of a finished step (counted from 1)."""
         line = "  ".join(f"{name} {value}" for name, value in figures.items())
         if self._live:
-            self._progress.update(self._task, completed=step + 1, figures=line)
+            self._progress.update(self._task, completed=step, figures=line)
         else:
-            self.say(
-                f"step {step + 1:>{len(str(self._steps))}}/{self._steps}  {line}  left {format_seconds(seconds_left)}"
-            )
+            self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {line}  left {format_seconds(seconds_left)}")
 
     def samples(self, rows: list[tuple[str, str, float]]) -> None:
         """Show (prompt, response, score) rows."""

@@ -16,8 +16,8 @@ def no_terminal(monkeypatch):
 def show(console: Console) -> None:
     with console:
         console.say("A run [bold]of[/bold] x.")
-        console.step(0, FIGURES, 75)
-        console.step(9, FIGURES, 0)
+        console.step(1, FIGURES, 75)
+        console.step(10, FIGURES, 0)
         console.samples([("the\nfilm", " was [bold]good[/bold]\n:smile:", 0.5)])
         console.table("Before and after", [["", "before", "after"], ["reward [x]", "0.1", "0.2"]])
 
