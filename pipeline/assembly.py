@@ -18,9 +18,9 @@ from pipeline.frontiers import Frontier, check_belongs, find_frontier, identity_
 from pipeline.models.building import build_policy_and_reference
 from pipeline.models.loading import LoraSettings, check_context, load_config, load_tokenizer
 from pipeline.models.policy import Policy, Reference
-from pipeline.rewards.loading import SENTIMENT, load_function, load_reward
-from pipeline.rewards.protocol import Reward, checked_measures, checked_scores
-from pipeline.rewards.sentiment import label_index
+from pipeline.rewards.composed import ComposedReward
+from pipeline.rewards.loading import check_terms, load_reward
+from pipeline.rewards.terms import parse_terms
 from pipeline.rollout.sampling import sampling_options
 from pipeline.rollout.sizing import largest_microbatch
 from pipeline.runtime.command import parse_recipe, split_recipe
@@ -47,7 +47,7 @@ class Parts:
 
     policy: Policy
     reference: Reference
-    reward: Reward
+    reward: ComposedReward
     frontier: Frontier | None  # of this recipe, where one is given
 
 
@@ -75,10 +75,11 @@ def open_data(config: Config) -> Data:
         load_config(config.model.model_path), config.data.prompt_max_tokens, config.rollout.response_max_tokens
     )
     tokenizer = load_tokenizer(config.model.model_path)
-    if config.reward.reward == SENTIMENT:
-        label_index(config.reward.reward_model_path, config.reward.reward_label)
-    else:
-        load_function(config.reward.reward)
+    check_terms(
+        parse_terms(config.reward.reward),
+        model_path=config.reward.reward_model_path,
+        label=config.reward.reward_label,
+    )
     reviews = load_reviews(config.data.dataset, split=config.data.dataset_split, text_column=config.data.text_column)
     training, held_out = make_openings(
         reviews,
@@ -89,26 +90,26 @@ def open_data(config: Config) -> Data:
     return Data(tokenizer, training, held_out)
 
 
-def open_reward(config: Config, data: Data, device: torch.device) -> Reward:
+def open_reward(config: Config, data: Data, device: torch.device) -> ComposedReward:
     """Load the reward and try it on two openings, so that a fault in it shows before the policy is loaded.
 
     Raises:
         RewardError, ModelError: see `load_reward` and `checked_scores`.
     """
     reward = load_reward(
-        config.reward.reward,
+        parse_terms(config.reward.reward),
         model_path=config.reward.reward_model_path,
         label=config.reward.reward_label,
         scale=config.reward.reward_scale,
         batch_size=config.reward.reward_batch_size,
+        timeout=config.reward.reward_timeout,
+        whitening=config.reward.reward_whitening,
         device=device,
     )
     half = max(1, config.data.prompt_max_tokens // 2)
     prompts = [data.tokenizer.decode(row[:half]) for row in data.training.tokens[:2]]
     responses = [data.tokenizer.decode(row[half:]) for row in data.training.tokens[:2]]
-    checked_scores(reward, prompts, responses)
-    if hasattr(reward, "measures"):
-        checked_measures(reward, prompts, responses)
+    reward.try_texts(prompts, responses)
     return reward
 
 

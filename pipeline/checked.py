@@ -14,6 +14,8 @@ class ConfigError(UserError, ValueError):
 
 
 def setting(default: object, help: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -24,6 +26,9 @@ class Checked:
         # The parser rewrites the fields' own types, so the annotations are read afresh.
         for name, annotation in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
+            if annotation == list[str] and isinstance(value, str):  # a recipe may write one as it is
+                value = [value]
+                setattr(self, name, value)
             if not _fits(value, annotation):
                 raise ConfigError(f"{name}={value!r} is not {_describe(annotation)}.")
         self.check()

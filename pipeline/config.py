@@ -107,16 +107,26 @@ class RolloutSettings(Checked):
 class RewardSettings(Checked):
     """What is rewarded."""
 
-    reward: str = setting("sentiment", "sentiment, or package.module:function taking (prompts, responses) -> scores.")
+    reward: list[str] = setting(
+        ["sentiment"],
+        "One or more of sentiment, fluency, coherence, repetition[:N], length:MIN-MAX, classifier:PATH:LABEL, "
+        "package.module:function, http://…; each with =WEIGHT where it is not 1. Their weighted sum is the reward.",
+    )
     reward_model_path: str = setting("assets/distilbert-imdb-mini", "Classifier of the sentiment reward.")
     reward_label: str = setting("POSITIVE", "The classifier's label to reward, by name.")
-    reward_scale: Literal["logit", "probability", "log_odds"] = setting("logit", "Scale of the sentiment score.")
-    reward_batch_size: int = setting(128, "Texts per forward of the classifier, per worker.")
+    reward_scale: Literal["logit", "probability", "log_odds"] = setting("logit", "Scale of classifiers' scores.")
+    reward_batch_size: int = setting(128, "Texts per forward of a classifier or request, per worker.")
+    reward_timeout: float = setting(60.0, "Seconds to wait for the answer of a reward served at an address.")
+    reward_whitening: bool = setting(
+        False,
+        "Before weighting, shift and scale each component by the running mean and deviation of its scores.",
+    )
     reward_scaling: bool = setting(False, "Divide scores by the running standard deviation of all scores so far.")
     reward_clip: float | None = setting(None, "Clip scores (after scaling) to [-clip, clip]; null: not.")
 
     def check(self):
         require(self.reward_batch_size > 0, "reward_batch_size", self.reward_batch_size, "must be positive")
+        require(self.reward_timeout > 0, "reward_timeout", self.reward_timeout, "must be positive")
         require(self.reward_clip is None or self.reward_clip > 0, "reward_clip", self.reward_clip, "must be positive")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,16 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
 from pipeline.frontiers import Frontier, overspend
+from pipeline.models.loading import first_token_id
 from pipeline.models.policy import Policy, Reference
 from pipeline.plane import draw_plane, way_of
 from pipeline.ppo.kl import kl_estimate
-from pipeline.rewards.protocol import Reward, checked_measures
+from pipeline.rewards.composed import ComposedReward
+from pipeline.rewards.reading import read
+from pipeline.rewards.repetition import ngrams
 from pipeline.rollout.rollout import (
     Responses,
     policy_outputs,
-    reference_logprobs,
     response_texts,
     sample_responses,
 )
@@ -36,7 +37,6 @@ EVALUATION_SEED = 20260  # fixed, so that runs of any seed are compared on the s
 BOOTSTRAP_SAMPLES = 10_000
 PLANE_FILE = "plane.png"
 SAMPLES_FILE = "evaluation_samples.jsonl"
-_WORD = re.compile(r"[\w']+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def bootstrap_interval(values: np.ndarray, *, level: float = 0.95) -> tuple[floa
 
 def distinct(texts: Sequence[str], n: int) -> float:
     """Different n-grams of words as a share of all n-grams of `texts` (Li et al. 2016, distinct-n); 0 without any."""
-    grams = [gram for text in texts for gram in _grams(text, n)]
+    grams = [gram for text in texts for gram in ngrams(text, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -76,14 +76,9 @@ def repeated(texts: Sequence[str], n: int) -> float:
 
     Source: rep-n of Welleck et al. 2020 (neural text degeneration), over all texts together.
     """
-    grams = [_grams(text, n) for text in texts]
+    grams = [ngrams(text, n) for text in texts]
     total = sum(map(len, grams))
     return sum(len(own) - len(set(own)) for own in grams) / total if total else 0.0
-
-
-def _grams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = _WORD.findall(text.lower())
-    return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
 def summary(values: Tensor) -> dict[str, object]:
@@ -96,7 +91,7 @@ def evaluate(
     accelerator: Accelerator,
     policy: Policy,
     reference: Reference,
-    reward: Reward,
+    reward: ComposedReward,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Openings,
     config: Config,
@@ -133,7 +128,7 @@ def evaluate(
         }
     kl = summary(after.kl[:count].cpu())
     figures |= {"kl": kl["mean"], "kl_ci95": kl["ci95"], "prompts": count}
-    rewarded = names.index(config.reward.reward_scale) if config.reward.reward_scale in names else 0
+    rewarded = names.index(reward.measure)
     figures["reward"] = {
         "name": names[rewarded],
         **{name: figures[name][names[rewarded]] for name in ("before", "after")},
@@ -180,7 +175,7 @@ def _side(
     model: torch.nn.Module,
     policy: Policy | None,
     reference: Reference,
-    reward: Reward,
+    reward: ComposedReward,
     tokenizer: PreTrainedTokenizerBase,
     prompts: PromptBatch,
     config: Config,
@@ -203,10 +198,13 @@ def _side(
             pad_token_id=tokenizer.pad_token_id,
             options=sampling_options(rollout),
         )
-        ref_logprobs = reference_logprobs(reference, responses, **options)
+        reading = read(
+            reference, responses, unprompted=reward.unprompted, first_token_id=first_token_id(tokenizer), **options
+        )
+        ref_logprobs = reading.logprobs
         logprobs = ref_logprobs if policy is None else policy_outputs(policy, responses, **options).logprobs
     texts = response_texts(responses, prompts.text[mine], tokenizer)
-    measures = all_or_none(accelerator, lambda: checked_measures(reward, prompts.text[mine], texts))
+    measures = all_or_none(accelerator, lambda: reward.measures(prompts.text[mine], texts, reading))
     local = _Side(
         **vars(responses),
         measures=torch.stack(list(measures.values()), 1).to(accelerator.device),

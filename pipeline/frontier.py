@@ -29,6 +29,11 @@ def main() -> None:
         config = parse_config(__doc__)
         if config.run.frontier == "none":
             raise ConfigError("frontier='none': name the file to write, or leave it out.")
+        if config.reward.reward_whitening:
+            raise ConfigError(
+                "reward_whitening=True: what a response is worth changes while such a run goes on, so no reward is the "
+                "best; set it to false for a frontier of the components as they are."
+            )
         named = config.run.frontier != "auto"
         path = Path(config.run.frontier) if named else DIRECTORIES[0] / f"{config.output_dir.name}.json"
         accelerator = make_accelerator(config.run.mixed_precision)

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
-from pipeline.models.loading import REFERENCE_ADAPTER
+from pipeline.models.loading import REFERENCE_ADAPTER, first_token_id
 from pipeline.models.policy import Reference
 from pipeline.ppo.optimum import kl_at, optimum
-from pipeline.rewards.protocol import Reward, checked_scores
+from pipeline.rewards.composed import ComposedReward
+from pipeline.rewards.reading import read
 from pipeline.rollout.rollout import response_texts, sample_responses
 from pipeline.rollout.sampling import sampling_noise, sampling_options
 from pipeline.runtime.distributed import all_or_none, share
@@ -43,7 +44,7 @@ DIRECTORIES = (
 SETTINGS = (
     "model_path", "adapter_path", "dataset", "dataset_split", "text_column", "min_review_characters",
     "prompt_min_tokens", "prompt_max_tokens", "response_min_tokens", "response_max_tokens", "temperature", "top_k",
-    "top_p", "eos_min_tokens", "reward", "reward_model_path", "reward_label", "reward_scale",
+    "top_p", "eos_min_tokens", "reward", "reward_model_path", "reward_label", "reward_scale", "reward_whitening",
 )  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def check_belongs(frontier: Frontier, identity: dict[str, object], path: str) ->
 def estimate_frontier(
     accelerator: Accelerator,
     reference: Reference,
-    reward: Reward,
+    reward: ComposedReward,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Openings,
     config: Config,
@@ -252,7 +253,7 @@ def _by_prompt(scores: Tensor, prompts: np.ndarray, count: int) -> Tensor:
 def _scores(
     accelerator: Accelerator,
     reference: Reference,
-    reward: Reward,
+    reward: ComposedReward,
     tokenizer: PreTrainedTokenizerBase,
     prompts: PromptBatch,
     config: Config,
@@ -268,8 +269,18 @@ def _scores(
             model, prompts, uniforms, lengths, microbatch_size=rollout.rollout_microbatch_size,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, options=sampling_options(rollout),
         )  # fmt: skip
+        reading = None
+        if reward.reads:
+            reading = read(
+                reference, responses, unprompted=reward.unprompted, first_token_id=first_token_id(tokenizer),
+                temperature=rollout.temperature, microbatch_size=rollout.rollout_microbatch_size,
+            )  # fmt: skip
         texts = response_texts(responses, prompts.text, tokenizer)
-        return all_or_none(accelerator, lambda: checked_scores(reward, prompts.text, texts))
+
+        def score() -> Tensor:
+            return reward.weighted(reward.raw(reward.text_scores(prompts.text, texts), reading)).sum(1)
+
+        return all_or_none(accelerator, score)
 
 
 def overspend(frontier: Frontier, scores: np.ndarray, kls: np.ndarray) -> dict[str, object]:

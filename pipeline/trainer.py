@@ -15,12 +15,14 @@ from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
 from pipeline.guards import Guards
 from pipeline.metrics import Sample, StepReport, step_metrics
 from pipeline.models.forward import output_head
+from pipeline.models.loading import first_token_id
 from pipeline.models.packing import pack
 from pipeline.models.policy import Policy, Reference
 from pipeline.phases import Phases
 from pipeline.ppo.advantages import Advantages, compute_advantages
 from pipeline.ppo.kl import adapted_kl_coef, kl_estimate
-from pipeline.rewards.protocol import Reward, checked_scores
+from pipeline.rewards.composed import ComposedReward
+from pipeline.rewards.reading import Reading, read
 from pipeline.rewards.scaling import RunningMoments, shaped_scores
 from pipeline.rollout.decoding import DecodeGraphs
 from pipeline.rollout.rollout import (
@@ -28,7 +30,6 @@ from pipeline.rollout.rollout import (
     Responses,
     Rollout,
     Scored,
-    reference_logprobs,
     response_texts,
     sample_responses,
 )
@@ -49,7 +50,7 @@ class PPOTrainer:
         accelerator: Accelerator,
         policy: Policy,
         reference: Reference,
-        reward: Reward,
+        reward: ComposedReward,
         tokenizer: PreTrainedTokenizerBase,
         openings: Openings,
         config: Config,
@@ -92,6 +93,7 @@ class PPOTrainer:
         self.graphs = DecodeGraphs(None if how in ("single", "ddp") else f"{how} moves the weights about")
         self.kl_coef = ppo.kl_coef
         self.moments = RunningMoments() if config.reward.reward_scaling else None
+        self.part_moments = [RunningMoments() for _ in reward.names] if config.reward.reward_whitening else None
         self.guards = Guards()
         self.stop = stop
         self.stopped_by = 0  # number of the signal that ended the loop early
@@ -105,6 +107,7 @@ class PPOTrainer:
             "step": self.finished,
             "kl_coef": self.kl_coef,
             "moments": None if self.moments is None else vars(self.moments),
+            "part_moments": None if self.part_moments is None else [vars(m) for m in self.part_moments],
             "guards": vars(self.guards),
         }
 
@@ -113,6 +116,8 @@ class PPOTrainer:
         self.finished, self.kl_coef = state["step"], state["kl_coef"]
         if self.moments is not None:
             self.moments = RunningMoments(**state["moments"])
+        if self.part_moments is not None:
+            self.part_moments = [RunningMoments(**moments) for moments in state["part_moments"]]
         self.guards = Guards(**state.get("guards", {}))
 
     def train(
@@ -135,10 +140,10 @@ class PPOTrainer:
                         responses, outputs = self.sample(step, prompts)
                     scoring = self.start_scoring(prompts, responses)
                     with self.phases.timed("reference"):
-                        ref_logprobs = self.reference_logprobs(responses)
+                        reading = self.read(responses)
                     with self.phases.timed("score"):
-                        scores = all_or_none(self.accelerator, scoring)
-                    rollout = self.gather(step, responses, ref_logprobs, scores, outputs)
+                        parts = self.score(scoring, reading)
+                    rollout = self.gather(step, responses, reading, parts, outputs)
                 advantages = self.advantages(rollout)
                 with self.phases.timed("update"):
                     stats = self.update(step, rollout, advantages)
@@ -193,39 +198,45 @@ class PPOTrainer:
                 graphs=self.graphs,
             )
 
-    def start_scoring(self, prompts: PromptBatch, responses: Responses) -> Callable[[], Tensor]:
-        """What gives the raw scores (n,) of this worker's responses.
+    def start_scoring(self, prompts: PromptBatch, responses: Responses) -> Callable[[], dict[str, Tensor]]:
+        """What gives the raw scores (n,) of this worker's responses by the components that judge texts.
 
         Beside a GPU the texts are made, tokenized and scored while the reference reads the same responses.
         """
         texts = prompts.text[share(self.accelerator, len(prompts))]
-        device = self.accelerator.device
 
-        def score() -> Tensor:
+        def score() -> dict[str, Tensor]:
             with autocast(self.accelerator):
-                return checked_scores(self.reward, texts, response_texts(responses, texts, self.tokenizer)).to(device)
+                return self.reward.text_scores(texts, response_texts(responses, texts, self.tokenizer))
 
-        return alongside(device, score)
+        return alongside(self.accelerator.device, score)
 
-    def reference_logprobs(self, responses: Responses) -> Tensor:
-        """Log-probs (n, R) of this worker's responses under the reference."""
+    def score(self, scoring: Callable[[], dict[str, Tensor]], reading: Reading) -> Tensor:
+        """Raw scores (n, K) of this worker's responses by the reward's K components."""
+        return all_or_none(self.accelerator, lambda: self.reward.raw(scoring(), reading))
+
+    def read(self, responses: Responses) -> Reading:
+        """What the reference says of this worker's responses."""
         rollout = self.config.rollout
         with autocast(self.accelerator):
-            return reference_logprobs(
+            return read(
                 self.reference,
                 responses,
+                unprompted=self.reward.unprompted,
+                first_token_id=first_token_id(self.tokenizer),
                 temperature=rollout.temperature,
                 microbatch_size=rollout.rollout_microbatch_size,
             )
 
     def gather(
-        self, step: int, responses: Responses, ref_logprobs: Tensor, scores: Tensor, outputs: PolicyOutputs | None
+        self, step: int, responses: Responses, reading: Reading, parts: Tensor, outputs: PolicyOutputs | None
     ) -> Rollout:
         """The global rollout batch, in the order of the prompts, on every worker.
 
         Where sampling kept no outputs of the policy, they are read here: by each worker those it will train on first.
         """
-        scored = gather_fields(self.accelerator, Scored(**vars(responses), ref_logprobs=ref_logprobs, scores=scores))
+        parts = parts.to(self.accelerator.device)
+        scored = gather_fields(self.accelerator, Scored(**vars(responses), ref_logprobs=reading.logprobs, parts=parts))
         if outputs is not None:
             outputs = gather_fields(self.accelerator, outputs)
         else:
@@ -239,7 +250,8 @@ class PPOTrainer:
                     seed=self.config.run.seed,
                     temperature=self.config.rollout.temperature,
                 )
-        return Rollout(**vars(scored), **vars(outputs))
+        weighted = self.reward.weighted(scored.parts, self.part_moments)
+        return Rollout(**vars(scored), **vars(outputs), weighted=weighted)
 
     def advantages(self, rollout: Rollout) -> Advantages:
         """Rewards with the KL penalty, GAE, whitening over the global batch."""
@@ -283,33 +295,46 @@ class PPOTrainer:
 
     def metrics(self, step: int, rollout: Rollout, advantages: Advantages, stats: UpdateStats) -> dict[str, float]:
         """All figures of a step under their public names."""
-        return step_metrics(rollout, advantages, self.tokenizer.eos_token_id) | {
-            "step": step + 1,
-            "episodes": (step + 1) * len(rollout),
-            "kl/coef": self.kl_coef,
-            "ppo/learning_rate": learning_rate_at(step, self.config.ppo),
-            **{f"ppo/{name}": value for name, value in vars(stats).items() if name != "applied"},
-            "ppo/optimizer_steps": sum(stats.applied),
-            "ppo/skipped_steps": len(stats.applied) - sum(stats.applied),
-            **{f"time/{name}_seconds": seconds for name, seconds in self.phases.seconds.items()},
-            "memory/peak_gigabytes": peak_memory_gigabytes(self.accelerator.device),
-            "throughput/samples_per_second": len(rollout) / self.phases.seconds["step"],
-            "throughput/tokens_per_second": rollout.response_mask.sum().item() / self.phases.seconds["step"],
-        }
+        return (
+            step_metrics(rollout, advantages, self.tokenizer.eos_token_id)
+            | self._part_metrics(rollout)
+            | {
+                "step": step + 1,
+                "episodes": (step + 1) * len(rollout),
+                "kl/coef": self.kl_coef,
+                "ppo/learning_rate": learning_rate_at(step, self.config.ppo),
+                **{f"ppo/{name}": value for name, value in vars(stats).items() if name != "applied"},
+                "ppo/optimizer_steps": sum(stats.applied),
+                "ppo/skipped_steps": len(stats.applied) - sum(stats.applied),
+                **{f"time/{name}_seconds": seconds for name, seconds in self.phases.seconds.items()},
+                "memory/peak_gigabytes": peak_memory_gigabytes(self.accelerator.device),
+                "throughput/samples_per_second": len(rollout) / self.phases.seconds["step"],
+                "throughput/tokens_per_second": rollout.response_mask.sum().item() / self.phases.seconds["step"],
+            }
+        )
 
     def report(
         self, step: int, metrics: dict[str, float], rollout: Rollout, prompts: PromptBatch, shown: int = 2
     ) -> StepReport:
         """A step's figures with the first `shown` responses of the batch."""
         some = rollout.take(slice(0, shown))
-        name = self.config.reward.reward
+        names = self.reward.names
         responses = response_texts(some, prompts.text[:shown], self.tokenizer)
         kl = kl_estimate(some.logprobs, some.ref_logprobs, "k1").sum(1).tolist()
-        samples = [
-            Sample(prompt, response, score, {name: score}, nats)
-            for prompt, response, score, nats in zip(prompts.text, responses, some.scores.tolist(), kl, strict=False)
-        ]
-        return StepReport(step + 1, metrics, rollout.scores, {name: rollout.scores}, samples)
+        parts = [dict(zip(names, row, strict=True)) for row in some.parts.tolist()]
+        rows = zip(prompts.text[:shown], responses, some.scores.tolist(), parts, kl, strict=True)
+        all_parts = dict(zip(names, rollout.parts.unbind(1), strict=True))
+        return StepReport(step + 1, metrics, rollout.scores, all_parts, [Sample(*row) for row in rows])
+
+    def _part_metrics(self, rollout: Rollout) -> dict[str, float]:
+        """Means of the components before and after weighting, where there is more than one score to tell of."""
+        if not self.reward.is_sum:
+            return {}
+        figures = {}
+        for i, name in enumerate(self.reward.names):
+            figures[f"reward/{name}/raw_mean"] = rollout.parts[:, i].mean().item()
+            figures[f"reward/{name}/weighted_mean"] = rollout.weighted[:, i].mean().item()
+        return figures
 
     def _profiled(self, step: int) -> AbstractContextManager[None]:
         if step != self.config.run.profile or not self.accelerator.is_main_process:

@@ -52,7 +52,7 @@ def refused(capsys, *arguments: str) -> str:
 
 def test_the_defaults_are_a_valid_run():
     assert default_config().as_dict() == {
-        field.name: field.default for section in SECTIONS for field in dataclasses.fields(section)
+        name: value for section in SECTIONS for name, value in dataclasses.asdict(section()).items()
     }
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from pipeline import evaluation
 from pipeline.assembly import build_parts, open_data, parse_config
 from pipeline.evaluation import bootstrap_interval, distinct, evaluate, repeated, samples_table, write_evaluation
+from pipeline.rewards.composed import Component, ComposedReward
 from pipeline.runtime.distributed import make_accelerator
 
 
@@ -151,7 +152,7 @@ def test_scores_are_those_of_the_texts_shown(trained):
     _, _, parts = trained
     result = evaluated(trained)
     for side in ("before", "after"):
-        scores = parts.reward.measures([row["prompt"] for row in result.rows], [row[side] for row in result.rows])
+        scores = parts.reward.measures(*([row[name] for row in result.rows] for name in ("prompt", side)), None)
         shown = [row[f"{side}_score"] for row in result.rows]
         assert shown == pytest.approx(scores["probability"].tolist(), abs=1e-6)
         assert result.figures[side]["probability"]["mean"] == pytest.approx(np.mean(shown), abs=1e-6)
@@ -209,7 +210,8 @@ def test_the_seed_of_the_run_does_not_change_what_it_is_compared_on(run, untrain
 
 def test_a_users_reward_is_reported_as_its_score(run):
     config, data, parts = run
-    lengths = replace(parts, reward=lambda prompts, responses: [float(len(response)) for response in responses])
+    reward = Component("length", 1.0, of_texts=lambda prompts, responses: [float(len(text)) for text in responses])
+    lengths = replace(parts, reward=ComposedReward([reward]))
     result = evaluated((config, data, lengths))
     side = result.figures["after"]
     assert side["score"]["mean"] == pytest.approx(np.mean([len(row["after"]) for row in result.rows]))

@@ -18,7 +18,7 @@ def curves(prompts=64, seed=0, trusted=8):
     kls = np.linspace(0, 4.5, 10)[None] * rng.uniform(0.9, 1.1, (prompts, 1))
     rewards = 0.5 + 0.1 * np.linspace(0, 4.5, 10)[None] + np.zeros((prompts, 1))
     effective = np.where(np.arange(10) < trusted, 100.0, 2.0) * np.ones((prompts, 1))
-    return Frontier(np.logspace(1, -1, 10), rewards, kls, effective, 200, {"reward": "sentiment"})
+    return Frontier(np.logspace(1, -1, 10), rewards, kls, effective, 200, {"reward": ["sentiment"]})
 
 
 def test_the_kl_a_reward_needs_is_read_off_the_curve_with_an_interval():
@@ -74,8 +74,8 @@ def test_a_file_that_is_none_is_refused_with_the_command_that_makes_one(tmp_path
 
 
 def test_another_recipes_frontier_is_refused_by_what_differs():
-    with pytest.raises(ConfigError, match="reward is 'sentiment' there and 'mine:score' here"):
-        check_belongs(curves(), {"reward": "mine:score"}, "f.json")
+    with pytest.raises(ConfigError, match=r"reward is \['sentiment'\] there and \['mine:score'\] here"):
+        check_belongs(curves(), {"reward": ["mine:score"]}, "f.json")
 
 
 @pytest.fixture

@@ -72,6 +72,7 @@ def test_a_signal_leaves_a_checkpoint_and_its_exit_code(start, tmp_path, by):
 
 def test_running_statistics_and_the_adapted_kl_price_come_back(start, tmp_path):
     settings = ("--reward_scaling", "true", "--kl_adaptive", "true", "--kl_target", "0.01", "--kl_horizon", "20")
+    settings += ("--reward", "sentiment", "fluency=0.5", "--reward_whitening", "true")
     start("whole", *settings)
     start("run", *settings, stop_before=2)
     start("run", *settings)

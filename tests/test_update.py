@@ -68,7 +68,8 @@ def rollout(tokenizer) -> Rollout:
     )
     outputs = policy_outputs(fresh_policy(tokenizer), responses, temperature=TEMPERATURE, microbatch_size=5)
     scores = torch.randn(COUNT, generator=draw)
-    return Rollout(**vars(responses), **vars(outputs), ref_logprobs=outputs.logprobs, scores=scores)
+    parts = scores[:, None]
+    return Rollout(**vars(responses), **vars(outputs), ref_logprobs=outputs.logprobs, parts=parts, weighted=parts)
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What a text begins with where nothing stands before it: BOS, or EOS as in GPT-2's training texts."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def load_config(path: str) -> PreTrainedConfig:
     """The model's configuration, without its weights; raises `ModelError`."""
     folder = Path(path)

@@ -1,40 +1,95 @@
-"""From the recipe's `reward` to a callable."""
+"""From the recipe's `reward` to what scores responses."""
 
 import importlib
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from pipeline.rewards import reading
+from pipeline.rewards.composed import Component, ComposedReward
 from pipeline.rewards.protocol import Reward, RewardError
-from pipeline.rewards.sentiment import Scale, SentimentReward
+from pipeline.rewards.remote import RemoteReward
+from pipeline.rewards.repetition import Repetition
+from pipeline.rewards.sentiment import Scale, SentimentReward, label_index
+from pipeline.rewards.terms import Term, length_range
 
-SENTIMENT = "sentiment"
+
+def check_terms(terms: Sequence[Term], *, model_path: str, label: str) -> None:
+    """Look for classifiers' labels and users' functions; loads no weights.
+
+    Raises:
+        RewardError, ModelError: as `load_reward`.
+    """
+    for term in terms:
+        if term.kind in ("sentiment", "classifier"):
+            label_index(*_classifier(term, model_path, label))
+        elif term.kind == "function":
+            load_function(term.source)
 
 
 def load_reward(
-    reward: str, *, model_path: str, label: str, scale: Scale, batch_size: int, device: torch.device | str
-) -> Reward:
-    """Return the built-in sentiment reward, or the user's function for `package.module:function`.
+    terms: Sequence[Term],
+    *,
+    model_path: str,
+    label: str,
+    scale: Scale,
+    batch_size: int,
+    timeout: float,
+    whitening: bool,
+    device: torch.device | str,
+) -> ComposedReward:
+    """Make the components that the terms name.
+
+    Args:
+        model_path, label: the classifier of `sentiment`.
+        scale: of all classifiers' scores.
+        batch_size: texts a forward or request.
+        timeout: seconds, of a remote reward.
 
     Raises:
-        RewardError: the name is neither, or the module or function cannot be found.
-        ModelError: the classifier cannot be used; see `SentimentReward`.
+        RewardError: a module or function cannot be found.
+        ModelError: a classifier cannot be used; see `SentimentReward`.
     """
-    if reward == SENTIMENT:
-        return SentimentReward(model_path, label=label, scale=scale, batch_size=batch_size, device=device)
-    return load_function(reward)
+
+    def of_texts(term: Term) -> Reward:
+        if term.kind == "remote":
+            return RemoteReward(term.source, batch_size=batch_size, timeout=timeout)
+        if term.kind == "repetition":
+            return Repetition(int(term.source.partition(":")[2] or 3))
+        if term.kind == "function":
+            return load_function(term.source)
+        path, own_label = _classifier(term, model_path, label)
+        return SentimentReward(path, label=own_label, scale=scale, batch_size=batch_size, device=device)
+
+    def component(term: Term) -> Component:
+        if term.kind == "length":
+            return Component(term.name, term.weight, of_reading=reading.Length(*length_range(term.source)))
+        if term.kind in ("fluency", "coherence"):
+            of_reading = getattr(reading, term.kind)
+            return Component(term.name, term.weight, of_reading=of_reading, unprompted=term.kind == "coherence")
+        return Component(term.name, term.weight, of_texts=of_texts(term))
+
+    return ComposedReward([component(term) for term in terms], whitening)
 
 
-def load_function(path: str) -> Reward:
+def _classifier(term: Term, model_path: str, label: str) -> tuple[str, str]:
+    if term.kind == "sentiment":
+        return model_path, label
+    path, _, own_label = term.source.removeprefix("classifier:").rpartition(":")
+    return path, own_label
+
+
+def load_function(path: str) -> Callable:
     """Import `package.module:function`; the working directory counts as a place to import from.
 
     Raises:
-        RewardError: see `load_reward`.
+        RewardError: the name has another form, or the module or function cannot be found.
     """
     module_name, separator, name = path.partition(":")
     if not separator or not module_name or not name:
-        raise RewardError(f"reward={path!r} is neither 'sentiment' nor of the form package.module:function.")
+        raise RewardError(f"reward={path!r} is not of the form package.module:function.")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:

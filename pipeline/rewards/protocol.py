@@ -27,7 +27,8 @@ def checked_scores(reward: Reward, prompts: list[str], responses: list[str]) -> 
         RewardError: it raised, returned something that is not numbers, the wrong count, or a NaN or infinity.
     """
     name = reward_name(reward)
-    return _checked(name, _called(name, reward, prompts, responses), prompts, responses)
+    scores = _called(name, reward, prompts, responses)
+    return checked(name, scores, len(responses), list(zip(prompts, responses, strict=True)))
 
 
 def checked_measures(reward: Reward, prompts: list[str], responses: list[str]) -> dict[str, Tensor]:
@@ -36,8 +37,9 @@ def checked_measures(reward: Reward, prompts: list[str], responses: list[str]) -
     if measures is None:
         return {"score": checked_scores(reward, prompts, responses)}
     name = reward_name(reward)
+    texts = list(zip(prompts, responses, strict=True))
     return {
-        key: _checked(f"{name}.{key}", values, prompts, responses)
+        key: checked(f"{name}.{key}", values, len(texts), texts)
         for key, values in _called(name, measures, prompts, responses).items()
     }
 
@@ -49,20 +51,24 @@ def _called(name: str, function: Callable, prompts: list[str], responses: list[s
         raise RewardError(f"the reward {name} raised {type(error).__name__}: {error}") from error
 
 
-def _checked(name: str, scores: object, prompts: list[str], responses: list[str]) -> Tensor:
+def checked(name: str, scores: object, count: int, texts: Sequence[tuple[str, str]] | None = None) -> Tensor:
+    """Scores as float32 on the CPU, (count,); `texts` are the prompts and responses to quote.
+
+    Raises:
+        RewardError: they are not numbers, not as many, or not finite.
+    """
     try:
         values = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(f"the reward {name} returned {type(scores).__name__}, not numbers: {error}") from error
-    if values.shape != (len(responses),):
+    if values.shape != (count,):
         raise RewardError(
-            f"the reward {name} returned shape {tuple(values.shape)} for {len(responses)} responses; "
-            f"({len(responses)},) is expected."
+            f"the reward {name} returned shape {tuple(values.shape)} for {count} responses; ({count},) is expected."
         )
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
+        quoted = "" if texts is None else " (prompt {!r}, response {!r})".format(*texts[bad[0]])
         raise RewardError(
-            f"the reward {name} returned {values[bad[0]].item()} for response {bad[0]} "
-            f"(prompt {prompts[bad[0]]!r}, response {responses[bad[0]]!r}); scores must be finite."
+            f"the reward {name} returned {values[bad[0]].item()} for response {bad[0]}{quoted}; scores must be finite."
         )
     return values

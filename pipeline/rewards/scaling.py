@@ -29,6 +29,14 @@ class RunningMoments:
         """Standard deviation (biased) of all scores seen."""
         return (self.squares / self.count) ** 0.5
 
+    def whitened(self, scores: Tensor) -> Tensor:
+        """Take in a batch (n,), then give it minus the mean and over the deviation of all scores seen.
+
+        While all scores are equal they are not divided.
+        """
+        self.update(scores)
+        return (scores - self.mean) / (self.std if self.std > 1e-6 else 1.0)
+
 
 def shaped_scores(scores: Tensor, moments: RunningMoments | None, clip: float | None) -> Tensor:
     """Scores (N,) divided by the running standard deviation where `moments` is given, then clipped to [-clip, clip].

@@ -58,12 +58,18 @@ class Scored(Responses):
     """Responses with what others say of them, zero on padding."""
 
     ref_logprobs: Tensor  # (N, R)
-    scores: Tensor  # (N,)
+    parts: Tensor  # (N, K) raw scores of the reward's K components
 
 
 @dataclass(frozen=True)
 class Rollout(PolicyOutputs, Scored):
     """All that PPO needs."""
+
+    weighted: Tensor  # (N, K) the components as they are added up
+
+    @property
+    def scores(self) -> Tensor:  # (N,)
+        return self.weighted.sum(1)
 
     def take(self, index: Tensor | slice) -> "Rollout":
         """The samples at `index`, in that order."""

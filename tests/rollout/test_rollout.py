@@ -122,7 +122,13 @@ def test_take_reorders_every_field(responses):
     numbers = torch.arange(COUNT, dtype=torch.float32)
     columns = numbers.unsqueeze(1).expand(-1, LENGTH)
     rollout = Rollout(
-        **vars(responses), logprobs=columns, ref_logprobs=columns, values=columns, entropy=columns, scores=numbers
+        **vars(responses),
+        logprobs=columns,
+        ref_logprobs=columns,
+        values=columns,
+        entropy=columns,
+        parts=columns[:, :2],
+        weighted=columns[:, :2] / 2,
     )
     taken = rollout.take(torch.tensor([5, 2]))
     assert len(taken) == 2 and taken.scores.tolist() == [5, 2]

@@ -1,0 +1,105 @@
+"""A reward served over HTTP, by a real server on the loopback interface."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from pipeline.rewards import remote
+from pipeline.rewards.protocol import RewardError, checked_scores
+from pipeline.rewards.remote import RemoteReward
+
+
+class Server(ThreadingHTTPServer):
+    """Answers with the number of characters of each response, or with what stands in `answers`, one a request."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[dict] = []
+        self.answers: list[tuple[int, str]] = []
+        self.slow = threading.Event()  # set: never answer
+
+    def handle_error(self, request, client_address):
+        """An asker that gave up is no fault here."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/score"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(asked)
+        if self.server.slow.is_set():
+            threading.Event().wait(1)
+        scores = {"scores": [float(len(response)) for response in asked["responses"]]}
+        status, body = self.server.answers.pop(0) if self.server.answers else (200, json.dumps(scores))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(remote, "RETRIES", 2)
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+
+
+def test_texts_go_out_in_batches_and_scores_come_back_in_order(server):
+    reward = RemoteReward(server.url, batch_size=2, timeout=5)
+    assert checked_scores(reward, ["p", "q", "r"], ["a", "bé\n", ""]).tolist() == [1.0, 3.0, 0.0]
+    assert server.asked == [{"prompts": ["p", "q"], "responses": ["a", "bé\n"]}, {"prompts": ["r"], "responses": [""]}]
+
+
+def test_a_server_that_is_busy_for_a_moment_is_asked_again(server):
+    server.answers = [(503, "loading"), (500, "oops")]
+    assert RemoteReward(server.url, batch_size=8, timeout=5)(["p"], ["four"]) == [4.0]
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "fault"),
+    [
+        (404, "no such model", "answered 404: no such model"),
+        (422, "prompts missing", "answered 422: prompts missing"),
+        (200, "<html>", "is expected"),
+        (200, "[1.0]", "is expected"),
+        (200, '{"score": [1.0]}', "is expected"),
+        (200, '{"scores": [1.0, 2.0]}', "gave 2 scores for 1 responses"),
+        (200, '{"scores": 1.0}', "gave 1.0 for 1 responses"),
+        (200, '{"scores": ["high"]}', "not numbers"),
+        (200, '{"scores": [NaN]}', "must be finite"),
+    ],
+)
+def test_an_answer_that_is_none_is_an_error_that_quotes_it(server, status, body, fault):
+    server.answers = [(status, body)]
+    with pytest.raises(RewardError) as caught:
+        checked_scores(RemoteReward(server.url, batch_size=8, timeout=5), ["p"], ["r"])
+    assert fault in str(caught.value)
+
+
+def test_a_server_that_stays_down_is_named_after_all_tries(server):
+    server.answers = [(503, "loading")] * 3
+    with pytest.raises(RewardError, match="answered 503: loading"):
+        RemoteReward(server.url, batch_size=8, timeout=5)(["p"], ["r"])
+    url = server.url
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(RewardError, match=f"{url} did not answer in 3 tries"):
+        RemoteReward(url, batch_size=8, timeout=5)(["p"], ["r"])
+
+
+def test_a_server_that_hangs_is_given_up(server):
+    server.slow.set()
+    with pytest.raises(RewardError, match=r"reward_timeout=0\.1 seconds"):
+        RemoteReward(server.url, batch_size=8, timeout=0.1)(["p"], ["r"])

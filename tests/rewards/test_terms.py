@@ -1,0 +1,66 @@
+"""The words of the `reward` setting: what they mean, and what is refused."""
+
+import pytest
+
+from pipeline.rewards.protocol import RewardError
+from pipeline.rewards.terms import length_range, parse_terms
+
+
+def test_names_and_weights_are_read_and_a_weight_left_out_is_one():
+    terms = parse_terms(
+        ["sentiment", "fluency=0.3", "repetition:2=-5e-1", "length:8-16=.1", "my.rewards:politeness=-1"]
+    )
+    assert [(t.kind, t.name, t.weight) for t in terms] == [
+        ("sentiment", "sentiment", 1.0),
+        ("fluency", "fluency", 0.3),
+        ("repetition", "repetition", -0.5),
+        ("length", "length", 0.1),
+        ("function", "politeness", -1.0),
+    ]
+    assert length_range(terms[3].source) == (8, 16)
+
+
+def test_paths_and_addresses_keep_their_colons_and_equal_signs():
+    terms = parse_terms(["classifier:/models/v:2/toxic=bert:Very Toxic=-2", "http://localhost:8000/score?model=large",
+                         "https://host/score?seed=3=0.5"])  # fmt: skip
+    assert [t.source for t in terms] == [
+        "classifier:/models/v:2/toxic=bert:Very Toxic",
+        "http://localhost:8000/score?model=large",
+        "https://host/score?seed=3",
+    ]
+    assert [t.weight for t in terms] == [-2.0, 1.0, 0.5]
+    assert [t.kind for t in terms] == ["classifier", "remote", "remote"]
+    assert [t.name for t in terms] == ["very_toxic", "localhost_8000_score_model_large", "host_score_seed_3"]
+
+
+def test_components_of_one_name_are_told_apart():
+    names = [t.name for t in parse_terms(["a:score", "b:score", "c:score", "length:1-2", "length:3-4"])]
+    assert names == ["score", "score_2", "score_3", "length", "length_2"]
+
+
+@pytest.mark.parametrize(
+    ("reward", "fault"),
+    [
+        ([], "reward is empty"),
+        (["sentimental"], "reward='sentimental' is none of sentiment, fluency"),
+        (["fluency:3"], "reward='fluency:3' is none of"),
+        (["repetition:0"], "reward='repetition:0' is none of"),
+        (["length"], "reward='length' is none of"),
+        (["length:8"], "reward='length:8' is none of"),
+        (["length:9-8"], "the smaller number first"),
+        (["length:0-8"], "at least 1 token"),
+        (["classifier:bert"], "reward='classifier:bert' is none of"),
+        (["my_module"], "reward='my_module' is none of"),
+        (["http://"], "reward='http://' is none of"),
+        (["sentiment=0"], "other than 0"),
+        (["sentiment=nan"], "other than 0"),
+        (["sentiment=inf"], "other than 0"),
+        (["sentiment=much"], "reward='sentiment=much' is none of"),
+        (["=0.5"], "is none of"),
+        (["fluency=1", "fluency=2"], "'fluency' stands there twice"),
+    ],
+)
+def test_what_makes_no_sense_is_named_with_what_would(reward, fault):
+    with pytest.raises(RewardError) as caught:
+        parse_terms(reward)
+    assert fault in str(caught.value)
