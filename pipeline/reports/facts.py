@@ -2,14 +2,14 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from pipeline.config import SECTIONS
 from pipeline.evaluation import Evaluation, figures_table
 from pipeline.reports.outcome_charts import measure_label
-from pipeline.reports.records import Group, Run
+from pipeline.reports.records import Group, Run, differing
 
 UNKNOWN = "not recorded"
 PHASES = {
@@ -63,8 +63,7 @@ def headline(run: Run) -> list[Tile]:
                  "first and last step of the training; not evaluated"),
             Tile("KL from the original", f"{_number(last.get('kl/sequence_k1'), 2)} nats", "a response, last step"),
         ]  # fmt: skip
-    workers = f"{_count(run.parts[-1]['workers'], 'worker')} on {device_name(run.parts[-1])}" if run.parts else UNKNOWN
-    return [*tiles, Tile("training time", duration(run.seconds("step")), workers)]
+    return [*tiles, Tile("training time", duration(run.seconds("step")), _ran_on(run))]
 
 
 def shown_measure(run: Run) -> str:
@@ -104,7 +103,7 @@ def evaluation_table(run: Run) -> list[list[str]]:
 COLUMNS: dict[str, tuple[Callable[[Run], float | None], int]] = {
     "KL, nats": (lambda run: run.figures["kl"], 2),
     "KL overspend": (lambda run: run.figures.get("frontier", {}).get("kl_overspend"), 2),
-    "distinct-2, after / before": (lambda run: _ratio(run, "distinct_2"), 2),
+    "distinct-2 of before's": (lambda run: _ratio(run, "distinct_2"), 2),
     "perplexity": (lambda run: run.figures["after"]["perplexity"], 1),
 }  # fmt: skip
 
@@ -113,7 +112,7 @@ def comparison_table(groups: Sequence[Group]) -> list[tuple[bool, list[str]]]:
     """Runs as rows of cells, the header first; after several seeds a row of their mean and spread, which is marked."""
     evaluated = [run for group in groups for run in group.runs if run.figures]
     label = measure_label(shown_measure(evaluated[0]), evaluated[0]) if evaluated else "evaluation"
-    rows = [(False, ["run", "seed", f"{label} after (95 % interval)", *COLUMNS, "training time", "outcome"])]
+    rows = [(False, ["run", "seed", f"{label} after", *COLUMNS, "training time", "outcome"])]
     for group in groups:
         for run in group.runs:
             cells = [""] * (len(COLUMNS) + 1)
@@ -128,7 +127,7 @@ def comparison_table(groups: Sequence[Group]) -> list[tuple[bool, list[str]]]:
             cells = [_spread([run.figures["after"][shown_measure(run)]["mean"] for run in done], 3)]
             cells += [_spread([read(run) for run in done], digits) for read, digits in COLUMNS.values()]
             time = duration(statistics.fmean(run.seconds("step") for run in done))
-            rows.append((True, [f"{group.name}: mean ± standard deviation", "", *cells, time, ""]))
+            rows.append((True, [f"{group.name}: mean ± standard deviation (range)", "", *cells, time, ""]))
     return rows
 
 
@@ -201,6 +200,24 @@ def hardware(run: Run) -> list[tuple[str, str]]:
     ]
 
 
+def differences(runs: Sequence[Run]) -> list[list[str]]:
+    """Where runs differ, a column each, the first row the header: settings, and what they ran on."""
+    rows = [["", *(run.name for run in runs)]]
+    for name, values in differing([run.config for run in runs]).items():
+        rows.append([name, *("" if value is None else _shown(value) for value in values)])
+    rows.append(["ran on", *(_ran_on(run) for run in runs)])
+    for name, read in {
+        "torch": lambda part: part["versions"]["torch"],
+        "git commit": lambda part: _commit(part["commit"]),
+    }.items():
+        rows.append([name, *(read(run.parts[-1]) if run.parts else UNKNOWN for run in runs)])
+    return rows
+
+
+def _ran_on(run: Run) -> str:
+    return f"{_count(run.parts[-1]['workers'], 'worker')} on {device_name(run.parts[-1])}" if run.parts else UNKNOWN
+
+
 def parts_table(run: Run) -> list[list[str]]:
     """When the run was started and went on, the first row the header."""
     rows = [["part", "started (UTC)", "after step", "workers", "ended by", "command"]]
@@ -211,9 +228,9 @@ def parts_table(run: Run) -> list[list[str]]:
     return rows if run.parts else []
 
 
-def settings(run: Run) -> list[tuple[str, list[Setting]]]:
-    """The resolved recipe by sections, with each setting's help."""
-    left = dict(run.config)
+def settings(run: Run, without: Collection[str] = ()) -> list[tuple[str, list[Setting]]]:
+    """The resolved recipe by sections, with each setting's help, but for the names in `without`."""
+    left = {name: value for name, value in run.config.items() if name not in without}
     sections = []
     for section in SECTIONS:
         own = []

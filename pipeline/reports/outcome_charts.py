@@ -45,7 +45,7 @@ def _histogram(name: str, label: str, groups: Sequence[Group]) -> "Figure":
     edges = np.linspace(*_range([before, *(values for _, values in after)]), count + 1)
     bins = {"start": edges[0], "end": edges[-1], "size": edges[1] - edges[0]}
     figure = new_figure(label, "share of responses")
-    alone = len(after) == 1
+    alone = len(groups) == 1 and len(groups[0].runs) == 1
     sides = [("before", before, GRAY)]
     for (group, values), colour in zip(after, colours(), strict=False):
         sides.append(("after" if alone else group.name, values, colour))
@@ -53,7 +53,7 @@ def _histogram(name: str, label: str, groups: Sequence[Group]) -> "Figure":
         figure.add_histogram(x=values, name=side, xbins=bins, histnorm="probability", opacity=0.6,
                              marker={"color": colour}, hovertemplate="%{x}: %{y:.1%}")  # fmt: skip
         figure.add_vline(x=digits(float(np.mean(values))), line={"color": colour, "width": 1.5, "dash": "dash"})
-    figure.update_layout(barmode="overlay", bargap=0.02)
+    figure.update_layout(barmode="overlay", bargap=0.02, showlegend=alone)
     figure.update_yaxes(tickformat=".0%")
     return figure
 
@@ -87,7 +87,7 @@ def plane_chart(groups: Sequence[Group]) -> Chart:
         ended = [run for run in group.runs if run in evaluated]
         if ended:
             label = "tuned, held-out prompts (95 % interval)" if alone else group.name
-            _ends(figure, ended, RED if alone else colour, label)
+            _ends(figure, ended, RED if alone else colour, label, legend=alone)
     overspent = next((run for run in evaluated if alone and "kl_overspend" in run.figures.get("frontier", {})), None)
     if overspent:
         _overspend(figure, overspent.figures["frontier"])
@@ -121,7 +121,7 @@ def _frontier(figure: "Figure", curve: dict[str, object]) -> None:
                        line={"color": BLUE, "width": 1.5, "dash": "dot"})  # fmt: skip
 
 
-def _ends(figure: "Figure", runs: Sequence[Run], colour: str, label: str) -> None:
+def _ends(figure: "Figure", runs: Sequence[Run], colour: str, label: str, *, legend: bool) -> None:
     kls = [run.figures["kl"] for run in runs]
     rewards = [run.figures["reward"]["after"]["mean"] for run in runs]
     errors = {"type": "data", "symmetric": False, "color": colour, "thickness": 1.5}
@@ -130,7 +130,8 @@ def _ends(figure: "Figure", runs: Sequence[Run], colour: str, label: str) -> Non
     low, high = np.array([run.figures["reward"]["after"]["ci95"] for run in runs]).T
     y_error = errors | {"array": (high - rewards).tolist(), "arrayminus": (rewards - low).tolist()}
     figure.add_scatter(x=kls, y=rewards, error_x=x_error, error_y=y_error, mode="markers", name=label,
-                       text=[run.name for run in runs], marker={"color": colour, "size": 10})  # fmt: skip
+                       showlegend=legend, text=[run.name for run in runs],
+                       marker={"color": colour, "size": 10})  # fmt: skip
 
 
 def _overspend(figure: "Figure", frontier: dict[str, object]) -> None:
@@ -161,9 +162,9 @@ def result_chart(groups: Sequence[Group]) -> Chart:
         figure.add_scatter(x=[run.name for run in runs], y=after.tolist(), mode="markers", name=group.name,
                            error_y=error, marker={"color": colour, "size": 9})  # fmt: skip
     figure.update_xaxes(type="category", title={"text": "run"})
-    figure.update_layout(hovermode="closest")
-    return Chart("results", "Result of each run", "On held-out prompts; bars are 95 % intervals over the prompts.",
-                 figure if evaluated else None, wide=True)  # fmt: skip
+    figure.update_layout(hovermode="closest", showlegend=False)
+    caption = "On held-out prompts; bars are 95 % intervals over the prompts, gray is the original."
+    return Chart("results", "Result of each run", caption, figure if evaluated else None, wide=True)
 
 
 def measure_label(name: str, run: Run) -> str:

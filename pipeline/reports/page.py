@@ -11,9 +11,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.reports.drawing import Chart
+from pipeline.reports.drawing import Chart, colours, digits
 from pipeline.reports.facts import (
     comparison_table,
+    differences,
     evaluation_table,
     hardware,
     headline,
@@ -49,6 +50,7 @@ def run_page(run: Run) -> str:
         outcome=run.outcome,
         finished=run.finished,
         tiles=headline(run),
+        key=[],
         comparison=[],
         figures=evaluation_table(run),
         outcome_charts=[plane_chart(groups), *score_charts(groups)],
@@ -66,8 +68,6 @@ def run_page(run: Run) -> str:
 def comparison_page(runs: Sequence[Run]) -> str:
     """The page of several runs: those of the same settings are one group, with the spread of its seeds."""
     groups = grouped(runs)
-    varied = differing(runs)
-    values = {name: ["" if value is None else str(value) for value in own] for name, own in varied.items()}
     return _rendered(
         title=", ".join(group.name for group in groups) if len(groups) < 4 else f"{len(runs)} runs",
         kicker="Comparison of PPO runs",
@@ -75,6 +75,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
         outcome="",
         finished=True,
         tiles=[],
+        key=list(zip(colours(), (group.name for group in groups), strict=False)),
         comparison=comparison_table(groups),
         figures=[],
         outcome_charts=[result_chart(groups), plane_chart(groups), *score_charts(groups)],
@@ -84,8 +85,8 @@ def comparison_page(runs: Sequence[Run]) -> str:
         times=[],
         hardware=[],
         parts=[],
-        varied=[["setting", *(run.name for run in runs)], *([name, *own] for name, own in values.items())],
-        settings=settings(runs[0]) if not varied else [],
+        varied=differences(runs),
+        settings=settings(runs[0], without=differing([run.config for run in runs])),
     )
 
 
@@ -99,9 +100,9 @@ def _samples(run: Run, shown: Sequence[dict[str, object]]) -> dict[str, object] 
             row["prompt"],
             row["before"],
             row["after"],
-            _digits(row["after_kl"]),
-            [_digits(row["before_measures"][name]) for name in names],
-            [_digits(row["after_measures"][name]) for name in names],
+            digits(row["after_kl"]),
+            [digits(row["before_measures"][name]) for name in names],
+            [digits(row["after_measures"][name]) for name in names],
         ]
         for row in shown
     ]
@@ -134,7 +135,3 @@ def _rendered(*, outcome_charts: list[Chart], step_charts: list[Chart], samples:
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
         **facts,
     )
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.4g}")

@@ -94,19 +94,19 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     for run in runs:
         keys.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
     groups = list(keys.values())
-    varied = differing([members[0] for members in groups])
+    varied = differing([_settings(members[0]) for members in groups])
     return [Group(_group_name(members, varied), members) for members in groups]
 
 
-def differing(runs: Sequence[Run]) -> dict[str, list[object]]:
-    """Settings of the training that are not the same in all runs: name -> the value of each run."""
-    all_settings = [_settings(run) for run in runs]
-    names = {name: None for settings in all_settings for name in settings}
-    values = {name: [settings.get(name) for settings in all_settings] for name in names}
+def differing(settings: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
+    """What is not the same in all of these settings: name -> its values, None where it is missing."""
+    names = {name: None for own in settings for name in own}
+    values = {name: [own.get(name) for own in settings] for name in names}
     return {name: own for name, own in values.items() if any(value != own[0] for value in own)}
 
 
 def _settings(run: Run) -> dict[str, object]:
+    """Those that decide the training, but for the seed."""
     return {name: value for name, value in run.config.items() if name not in FREE_TO_CHANGE | {"seed"}}
 
 

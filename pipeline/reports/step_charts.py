@@ -25,7 +25,7 @@ class StepChart:
     caption: str
     unit: str
     lines: tuple[tuple[str, str], ...]  # (metric, label)
-    compared: int = 1  # how many of the lines a comparison draws
+    compared: int = 1  # how many of the lines a comparison draws: one solid, or a second one dotted
     spread: tuple[str, str, str] | None = None  # (low, high, label): metrics of a band
     from_zero: bool = False  # whether the axis of values begins at 0
 
@@ -57,8 +57,11 @@ def step_charts(groups: Sequence[Group]) -> list[Chart]:
     alone = len(groups) == 1 and len(groups[0].runs) == 1
     charts = []
     for chart in (*STEP_CHARTS, *_component_charts(groups, alone=alone)):
+        caption = chart.caption
+        if not alone and chart.compared > 1:
+            caption += " Solid: {}; dotted: {}.".format(*(label for _, label in chart.lines))
         figure = _run_figure(chart, groups[0].runs[0]) if alone else _group_figure(chart, groups)
-        charts.append(Chart(chart.key, chart.title, chart.caption, figure))
+        charts.append(Chart(chart.key, chart.title, caption, figure))
     return charts
 
 
@@ -108,28 +111,31 @@ def _run_figure(chart: StepChart, run: Run) -> "Figure | None":
 
 
 def _group_figure(chart: StepChart, groups: Sequence[Group]) -> "Figure | None":
-    """A line a run and, for several seeds, their mean and range."""
+    """A line a run and, for several seeds, their mean and range; the page tells the groups' colours."""
     figure = new_figure("PPO step", chart.unit, from_zero=chart.from_zero)
     for group, colour in zip(groups, colours(), strict=False):
         for number, (metric, label) in enumerate(chart.lines[: chart.compared]):
-            lines = [line for line in (series(run, metric) for run in group.runs) if line[0]]
+            own = [(run.name, series(run, metric)) for run in group.runs]
+            lines = [(run, line) for run, line in own if line[0]]
             if not lines:
                 continue
             name = group.name if chart.compared == 1 else f"{group.name}, {label}"
             style = {"color": colour, "dash": ("solid", "dot")[number]}
             if len(group.runs) == 1:
-                figure.add_scatter(x=lines[0][0], y=lines[0][1], name=name, mode="lines", line=style | {"width": 2})
+                steps, values = lines[0][1]
+                figure.add_scatter(x=steps, y=values, name=name, mode="lines", line=style | {"width": 2})
                 continue
-            for run, (steps, values) in zip(group.runs, lines, strict=False):
-                figure.add_scatter(x=steps, y=values, name=run.name, mode="lines", line=style | {"width": 0.7},
-                                   opacity=0.5, showlegend=False, hoverinfo="skip", legendgroup=name)  # fmt: skip
-            steps, low, mean, high = _over_seeds(lines)
-            add_band(figure, (steps, low), high, colour, name, legend=False)
-            figure.add_scatter(x=steps, y=mean, name=name, mode="lines", line=style | {"width": 2.5}, legendgroup=name)
+            for run, (steps, values) in lines:
+                figure.add_scatter(x=steps, y=values, name=run, mode="lines", line=style | {"width": 0.7},
+                                   opacity=0.5, hoverinfo="skip")  # fmt: skip
+            steps, low, mean, high = over_seeds([line for _, line in lines])
+            add_band(figure, (steps, low), high, colour, name)
+            figure.add_scatter(x=steps, y=mean, name=name, mode="lines", line=style | {"width": 2.5})
+    figure.update_layout(showlegend=False)
     return figure if figure.data else None
 
 
-def _over_seeds(lines: Sequence[tuple[list[int], list[float | None]]]) -> tuple[list, list, list, list]:
+def over_seeds(lines: Sequence[tuple[list[int], list[float | None]]]) -> tuple[list, list, list, list]:
     """Steps, and of the runs that have each: lowest, mean and highest."""
     at: dict[int, list[float]] = {}
     for steps, values in lines:
