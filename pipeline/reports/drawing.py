@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, RED, PURPLE, TEAL, PINK, GRAY = (
     "#3b82f6", "#f0801a", "#22a55b", "#e5484d", "#9a6bf0", "#12a5a5", "#e0569b", "#8b919c",
 )  # fmt: skip
-GROUP_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, PINK, GRAY)
+GROUP_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, PINK)  # gray is the original's
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,11 @@ def plane_chart(groups: Sequence[Group]) -> Chart:
     evaluated = [run for run in runs if run.figures and "reward" in run.figures]
     reward = measure_label(evaluated[0].figures["reward"]["name"], evaluated[0]) if evaluated else "reward"
     figure = new_figure("KL from the original, nats a response", f"mean reward: {reward}")
+    alone = len(runs) == 1
     curves = [run.figures["frontier_curve"] for run in evaluated if "frontier_curve" in run.figures]
     comparable = bool(curves) and all(curve == curves[0] for curve in curves)
     if comparable:
-        _frontier(figure, curves[0])
-    alone = len(runs) == 1
+        _frontier(figure, curves[0], BLUE if alone else GRAY)
     for group, colour in zip(groups, colours(), strict=False):
         for run in group.runs:
             way = way_of_steps(run.steps)
@@ -76,8 +76,8 @@ def plane_chart(groups: Sequence[Group]) -> Chart:
                 x=[digits(point["kl"]) for point in way], y=[digits(point["reward"]) for point in way],
                 text=[f"to step {point['step']}" for point in way], mode="lines+markers",
                 name="training, means of steps" if alone else f"way of {run.name}", showlegend=alone,
-                legendgroup=group.name, opacity=1 if alone else 0.5, line={"color": ORANGE if alone else colour,
-                "width": 1.5 if alone else 0.8}, marker={"size": 5 if alone else 3},
+                opacity=1 if alone else 0.7, line={"color": ORANGE if alone else colour,
+                "width": 1.5 if alone else 1}, marker={"size": 5 if alone else 3},
             )  # fmt: skip
     if evaluated:
         before = evaluated[0].figures["reward"]["before"]["mean"]
@@ -103,22 +103,22 @@ def plane_chart(groups: Sequence[Group]) -> Chart:
     return Chart("plane", "Reward against KL", caption, figure, wide=True)
 
 
-def _frontier(figure: "Figure", curve: dict[str, object]) -> None:
+def _frontier(figure: "Figure", curve: dict[str, object], colour: str) -> None:
     """The best possible, solid where it rests on enough samples, dotted beyond, with the interval of its KL."""
     known = [point for point in zip(curve["band_reward"], curve["band_kl_low"], curve["band_kl_high"], strict=True)
              if None not in point]  # fmt: skip
     if known:
         levels, low, high = zip(*known, strict=True)
         figure.add_scatter(x=[*low, *reversed(high)], y=[*levels, *reversed(levels)], fill="toself", mode="lines",
-                           line={"width": 0}, fillcolor=faint(BLUE), showlegend=False, hoverinfo="skip",
+                           line={"width": 0}, fillcolor=faint(colour), showlegend=False, hoverinfo="skip",
                            name="95 % interval of the best possible")  # fmt: skip
     trusted = curve["trusted"]
     kl, rewards = ([digits(x) for x in curve[name]] for name in ("kl", "reward"))
     figure.add_scatter(x=kl[:trusted], y=rewards[:trusted], mode="lines", name="best possible",
-                       line={"color": BLUE, "width": 2.5})  # fmt: skip
+                       line={"color": colour, "width": 2.5})  # fmt: skip
     figure.add_scatter(x=kl[max(0, trusted - 1) :], y=rewards[max(0, trusted - 1) :], mode="lines",
                        name="best possible, too few samples to be sure",
-                       line={"color": BLUE, "width": 1.5, "dash": "dot"})  # fmt: skip
+                       line={"color": colour, "width": 1.5, "dash": "dot"})  # fmt: skip
 
 
 def _ends(figure: "Figure", runs: Sequence[Run], colour: str, label: str, *, legend: bool) -> None:

@@ -39,7 +39,7 @@ STEP_CHARTS = (
               (("kl/coef", "β"),), from_zero=True),
     StepChart("entropy", "Entropy", "Of the policy's next token. A fall towards 0 is a collapse.", "nats a token",
               (("ppo/entropy", "entropy"),)),
-    StepChart("length", "Response length", "Mean of a step's responses, between the shortest and the longest.",
+    StepChart("length", "Response length", "Mean of a step's responses.",
               "tokens", (("response/length_mean", "mean"),),
               spread=("response/length_min", "response/length_max", "shortest to longest"), from_zero=True),
     StepChart("clip", "Clip fractions", "Share of tokens whose ratio or value left the clip range.", "share of tokens",
@@ -58,8 +58,9 @@ def step_charts(groups: Sequence[Group]) -> list[Chart]:
     charts = []
     for chart in (*STEP_CHARTS, *_component_charts(groups, alone=alone)):
         caption = chart.caption
-        if not alone and chart.compared > 1:
-            caption += " Solid: {}; dotted: {}.".format(*(label for _, label in chart.lines))
+        if not alone and len(chart.lines) > 1:
+            labels = [label for _, label in chart.lines]
+            caption += f" Solid: {labels[0]}; dotted: {labels[1]}." if chart.compared > 1 else f" Here: {labels[0]}."
         figure = _run_figure(chart, groups[0].runs[0]) if alone else _group_figure(chart, groups)
         charts.append(Chart(chart.key, chart.title, caption, figure))
     return charts
