@@ -4,7 +4,7 @@
     python -m pipeline.evaluate runs/quickstart --evaluation_prompts 2000
 
 The run's own config.yaml says how; settings given here win over it. Prints the comparison and writes evaluation.json,
-evaluation.md and plane.png into the run's directory, as the end of every training does.
+evaluation.md, plane.png and report.html into the run's directory, as the end of every training does.
 """
 
 import sys
@@ -25,7 +25,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.errors import end_worker, user_errors
 from pipeline.evaluation import evaluate
 from pipeline.models.building import load_tuned
-from pipeline.reporting import show_evaluation
+from pipeline.reporting import show_evaluation, write_report
 from pipeline.run_directory import CONFIG_FILE
 from pipeline.runtime.console import Console
 from pipeline.runtime.distributed import all_or_none, make_accelerator
@@ -51,7 +51,9 @@ def main() -> None:
             parts.frontier,
         )
     if accelerator.is_main_process:
-        show_evaluation(Console(0, enabled=True), evaluation, run)
+        console = Console(0, enabled=True)
+        show_evaluation(console, evaluation, run)
+        write_report(console, run)
     accelerator.wait_for_everyone()
     end_worker()
 

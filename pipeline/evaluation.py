@@ -17,7 +17,7 @@ from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
 from pipeline.frontiers import Frontier, overspend
 from pipeline.models.loading import first_token_id
 from pipeline.models.policy import Policy, Reference
-from pipeline.plane import draw_plane, way_of
+from pipeline.plane import curve_of, draw_plane, way_of
 from pipeline.ppo.kl import kl_estimate
 from pipeline.rewards.composed import ComposedReward
 from pipeline.rewards.reading import read
@@ -218,9 +218,12 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
     """Write `evaluation.json` (the figures), `evaluation.md` (figures and samples side by side) and `plane.png`.
 
     All samples go to `evaluation_samples.jsonl`, a prompt a line, as `Evaluation.rows` has them.
-    The way of the training over the plane of KL and reward is added to the figures, from the metrics in `directory`.
+    The way of the training over the plane of KL and reward is added to the figures, from the metrics in `directory`,
+    and the frontier's curve.
     """
     evaluation.figures["way"] = way_of(directory / METRICS_FILE)
+    if evaluation.frontier is not None:
+        evaluation.figures["frontier_curve"] = curve_of(evaluation.frontier)
     draw_plane(directory / PLANE_FILE, evaluation.figures, evaluation.frontier)
     (directory / "evaluation.json").write_text(json.dumps(evaluation.figures, indent=2) + "\n", encoding="utf-8")
     with (directory / SAMPLES_FILE).open("w", encoding="utf-8") as file:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,12 @@ def way_of(metrics_file: Path) -> list[dict[str, float]]:
     """
     if not metrics_file.is_file():
         return []
-    steps = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    return way_of_steps([json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()])
+
+
+def way_of_steps(steps: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """The same from the metrics of each step; those of a spoilt step that are no numbers are passed over."""
+    steps = [step for step in steps if None not in (step["kl/sequence_k1"], step["reward/mean"])]
     size = max(1, math.ceil(len(steps) / POINTS))
     windows = [steps[start : start + size] for start in range(0, len(steps), size)]
     return [
@@ -30,6 +35,21 @@ def way_of(metrics_file: Path) -> list[dict[str, float]]:
         }
         for window in windows
     ]
+
+
+def curve_of(frontier: Frontier) -> dict[str, object]:
+    """The frontier as evaluation.json keeps it for reports: the first `trusted` points of "kl" and "reward" are sure.
+
+    "band_kl_low" and "band_kl_high" are the 95 % interval of the KL that "band_reward" needs, None where not known.
+    """
+    levels, low, high = frontier.band()
+    band = {"band_reward": levels, "band_kl_low": low, "band_kl_high": high}
+    return {
+        "trusted": int(frontier.trusted.sum()),
+        "kl": frontier.kls.mean(0).tolist(),
+        "reward": frontier.rewards.mean(0).tolist(),
+        **{name: [None if math.isnan(x) else x for x in values.tolist()] for name, values in band.items()},
+    }
 
 
 def draw_plane(path: Path, figures: Mapping[str, object], frontier: Frontier | None) -> None:

@@ -1,4 +1,4 @@
-"""What rank zero tells of a run: the output directory, the console, metrics.jsonl, wandb."""
+"""What rank zero tells of a run: the output directory, the console, metrics.jsonl, wandb, report.html."""
 
 import time
 from collections.abc import Mapping
@@ -7,8 +7,10 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.evaluation import PLANE_FILE, Evaluation, figures_table, samples_table, write_evaluation
 from pipeline.metrics import StepReport
+from pipeline.reports.page import REPORT_FILE, write_run_page
 from pipeline.run_directory import CONFIG_FILE, METRICS_FILE
 from pipeline.runtime.console import Console
+from pipeline.runtime.environment import begin_part, end_part
 from pipeline.runtime.tracking import MetricsFile, WandbTracker
 
 
@@ -18,6 +20,16 @@ def show_evaluation(console: Console, evaluation: Evaluation, directory: Path) -
     console.table("Samples before and after", samples_table(evaluation, 6))
     console.table("Before and after", figures_table(evaluation))
     console.say(f"Written to {directory}: evaluation.json, evaluation.md and {PLANE_FILE}")
+
+
+def write_report(console: Console, directory: Path) -> None:
+    """Write the run's report.html; a fault in that is a warning, for the run has all it needs."""
+    try:
+        write_run_page(directory)
+    except Exception as error:
+        console.say(f"warning: no {REPORT_FILE} ({type(error).__name__}: {error})")
+    else:
+        console.say(f"The report is {directory / REPORT_FILE}")
 
 
 class Reporter:
@@ -42,7 +54,10 @@ class Reporter:
         if self.enabled:
             config = self.config
             config.save(self.directory / CONFIG_FILE)
-            self._metrics = MetricsFile(self.directory / METRICS_FILE, append=bool(self._resumed))
+            metrics = self.directory / METRICS_FILE
+            done = len(metrics.read_text(encoding="utf-8").splitlines()) if self._resumed else None
+            begin_part(self.directory, after_step=done)
+            self._metrics = MetricsFile(metrics, append=bool(self._resumed))
             if config.run.report_to == "wandb":
                 self._wandb = WandbTracker(
                     project=config.run.wandb_project,
@@ -96,3 +111,9 @@ class Reporter:
         show_evaluation(self.console, evaluation, self.directory)
         if self._wandb is not None:
             self._wandb.log_evaluation(evaluation.figures, samples_table(evaluation, 20))
+
+    def end(self, outcome: str) -> None:
+        """Note how the run ended, in a sentence, and write its report."""
+        if self.enabled:
+            end_part(self.directory, outcome)
+            write_report(self.console, self.directory)

@@ -5,8 +5,8 @@
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m pipeline.train --config recipes/gpt2_imdb.yaml
 
 Writes into output_dir: config.yaml, metrics.jsonl, checkpoints, the tuned model with tokenizer and value head,
-evaluation.json, .md and _samples.jsonl, plane.png. A run that was cut off goes on from its newest checkpoint, see
---resume.
+evaluation.json, .md and _samples.jsonl, plane.png, environment.json, report.html. A run that was cut off goes on from
+its newest checkpoint, see --resume.
 
 Exit codes: 0 finished; 1 a worker failed, with its traceback; 2 a setting, file or reward is at fault and nothing was
 trained; 3 the reward failed in mid-run; 4 a guard ended the run (pipeline/guards.py); 130, 138, 143 stopped by SIGINT
@@ -100,6 +100,7 @@ def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
         for warning in config_warnings(config):
             reporter.console.say(f"warning: {warning}")
         failure = run(trainer, checkpoints, reporter, config, data, parts)
+        reporter.end(outcome(trainer, failure))
     accelerator.wait_for_everyone()
     if failure is not None:
         return GUARD_STOPPED if isinstance(failure, GuardError) else REWARD_FAILED, failure
@@ -197,6 +198,16 @@ def go_back(trainer: PPOTrainer, checkpoints: Checkpoints) -> str:
         return "There is no checkpoint to go back to: the model saved is the spoilt one."
     trainer.restore(checkpoints.load(last_good)["trainer"])
     return f"Back to the last good state, after step {trainer.finished}: {last_good}"
+
+
+def outcome(trainer: PPOTrainer, failure: UserError | None) -> str:
+    """How the run ended."""
+    steps = f"{trainer.finished} of {trainer.config.ppo.steps} steps"
+    if failure is not None:
+        return f"ended after {steps}: {failure}"
+    if trainer.stopped_by:
+        return f"stopped by {signal.Signals(trainer.stopped_by).name} after {steps}"
+    return "finished"
 
 
 def describe(config: Config, data: Data, parts: Parts, accelerator: Accelerator) -> str:
