@@ -1,10 +1,8 @@
 """Every command in README and docs: recipes and settings are parsed as the run would, smaller commands are run."""
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest

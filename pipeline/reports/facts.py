@@ -233,11 +233,12 @@ def settings(run: Run, without: Collection[str] = ()) -> list[tuple[str, list[Se
     left = {name: value for name, value in run.config.items() if name not in without}
     sections = []
     for section in SECTIONS:
-        own = []
+        own, default = [], section()
         for field in dataclasses.fields(section):
             if field.name in left:
                 value = left.pop(field.name)
-                own.append(Setting(field.name, _shown(value), field.metadata["help"], value != field.default))
+                changed = value != getattr(default, field.name)
+                own.append(Setting(field.name, _shown(value), field.metadata["help"], changed))
         sections.append((section.__doc__.splitlines()[0].rstrip("."), own))
     if left:  # of another version of the program
         sections.append(("Others", [Setting(name, _shown(value), "", True) for name, value in left.items()]))
@@ -248,7 +249,8 @@ def subtitle(run: Run) -> str:
     """What the run is, in a line."""
     config = run.config
     how = f"LoRA of rank {config.get('lora_r')}" if config.get("use_peft") else "full fine-tuning"
-    judge = f" ({config.get('reward_model_path')})" if config.get("reward") == "sentiment" else ""
+    sentiment = _shown(config.get("reward")).startswith("sentiment")
+    judge = f" ({config.get('reward_model_path')})" if sentiment else ""
     started = f" · {run.parts[0]['started'][:10]}" if run.parts else ""
     return (
         f"{config.get('model_path')} · {how} · reward: {_shown(config.get('reward'))}{judge} · "
