@@ -1,9 +1,10 @@
 """Do people agree? The reward, and the tuned model's likelihood against the original's, on what people preferred."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ LIKELIHOODS = {
     "log_ratio": "tuned likelihood over the original's",
 }
 
-Tokens = list[int]
+Tokens = tuple[int, ...]
+T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,19 @@ def tokenized(
     for i, prompt in enumerate(tokenizer(list(prompts), **encode).input_ids):
         own = wholes[i * width : (i + 1) * width]
         cut = max(0, min(min(_common(prompt, whole), len(whole) - 1) for whole in own))  # at least one token is read
-        rows.append((own[0][:cut] or [start], [whole[cut:] for whole in own]))
+        rows.append((tuple(own[0][:cut]) or (start,), [tuple(whole[cut:]) for whole in own]))
     return rows
 
 
-def _common(a: Tokens, b: Tokens) -> int:
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many first tokens two texts share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def read_once(items: Sequence[T], read: Callable[[list[T]], Tensor]) -> Tensor:
+    """`read` (…, n) of n items, equal ones once: rounding, which differs by batch, must not decide between them."""
+    places = {item: place for place, item in enumerate(dict.fromkeys(items))}
+    return read(list(places))[..., [places[item] for item in items]]
 
 
 def laid_out(samples: Sequence[tuple[Tokens, Tokens]], pad_token_id: int, device: torch.device) -> Responses:
@@ -91,8 +99,8 @@ def read_likelihoods(
     pad_token_id: int,
     temperature: float,
     batch_tokens: int,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each response after its prompt under both models, (n,) each, in float32.
+) -> Tensor:
+    """Log-probability of each response after its prompt under the policy and the reference, (2, n), in float32.
 
     Samples of like length go through together, at most `batch_tokens` tokens a forward, or one sample.
     """
@@ -107,7 +115,7 @@ def read_likelihoods(
         found[0, batch] = policy_outputs(policy, responses, **options).logprobs.sum(1)
         found[1, batch] = reference_logprobs(reference, responses, **options).sum(1)
         start += len(batch)
-    return found[0], found[1]
+    return found
 
 
 def read_all(
@@ -128,24 +136,29 @@ def read_all(
     padded = -(-count // accelerator.num_processes) * accelerator.num_processes  # equal shares, cut after gathering
     mine = [i % count for i in range(padded)][share(accelerator, padded)]
     prompts, texts = [preferences.prompts[i] for i in mine], [preferences.responses[i] for i in mine]
-    repeated = [prompt for prompt in prompts for _ in range(width)]
-    flat = [text for row in texts for text in row]
-    scores = all_or_none(accelerator, lambda: checked_scores(reward, repeated, flat))
+    whole = [(prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
+    scores = all_or_none(
+        accelerator,
+        lambda: read_once(whole, lambda items: checked_scores(reward, *map(list, zip(*items, strict=True)))),
+    )
     rows = tokenized(tokenizer, prompts, texts)
     lengths = [len(prompt) + max(map(len, responses)) for prompt, responses in rows]
     fitting = [i for i, length in enumerate(lengths) if length <= context_of(policy)]
-    likelihoods = torch.zeros(2, len(mine), width, device=accelerator.device)
     rollout = config.rollout
-    read = read_likelihoods(
-        policy,
-        reference,
+    read = read_once(
         [(rows[i][0], response) for i in fitting for response in rows[i][1]],
-        pad_token_id=tokenizer.pad_token_id,
-        temperature=rollout.temperature,
-        batch_tokens=rollout.rollout_microbatch_size * (config.data.prompt_max_tokens + rollout.response_max_tokens),
+        lambda samples: read_likelihoods(
+            policy,
+            reference,
+            samples,
+            pad_token_id=tokenizer.pad_token_id,
+            temperature=rollout.temperature,
+            batch_tokens=rollout.rollout_microbatch_size
+            * (config.data.prompt_max_tokens + rollout.response_max_tokens),
+        ),
     )
-    for side, values in enumerate(read):
-        likelihoods[side, fitting] = values.view(len(fitting), width)
+    likelihoods = torch.zeros(2, len(mine), width, device=accelerator.device)
+    likelihoods[:, fitting] = read.view(2, len(fitting), width)
     local = Readings(
         scores.view(-1, width).to(accelerator.device), *likelihoods, torch.tensor(lengths, device=accelerator.device)
     )
