@@ -1,12 +1,21 @@
-"""Compare a finished run's model with the original on held-out prompts.
+"""Compare a finished run's model with the original on held-out prompts, or hold the run against what people prefer.
 
     python -m pipeline.evaluate runs/quickstart
     python -m pipeline.evaluate runs/quickstart --evaluation_prompts 2000
+    python -m pipeline.evaluate runs/quickstart --preferences pairs.jsonl
+    python -m pipeline.evaluate runs/quickstart --judge-file judge.csv
+    python -m pipeline.evaluate runs/quickstart --read-marks judge.csv
 
-The run's own config.yaml says how; settings given here win over it. Prints the comparison and writes evaluation.json,
-evaluation.md, plane.png and report.html into the run's directory, as the end of every training does.
+The run's own config.yaml says how; settings given here win over it. The first two print the comparison and write
+evaluation.json, .md and _samples.jsonl, plane.png and report.html into the run's directory, as the end of every
+training does. The others, each in place of it (docs/preferences.md has the formats):
+
+    --preferences FILE   how reward and likelihoods agree with people's choices or ratings: preferences.json and .md
+    --judge-file FILE    a sheet of blinded pairs of both models' responses for people to mark, and its key beside it
+    --read-marks FILE    the marked sheet as the tuned model's win rate: marks.json and .md
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -22,13 +31,16 @@ from pipeline.assembly import (
     parse_config,
 )
 from pipeline.config import Config, ConfigError
+from pipeline.data.preferences import read_preferences
 from pipeline.errors import end_worker, user_errors
 from pipeline.evaluation import evaluate
+from pipeline.judging import key_path, marks_table, read_marks, write_judge_file, write_marks
 from pipeline.models.building import load_tuned
+from pipeline.preferences import agreement, preferences_table, write_preferences
 from pipeline.reporting import show_evaluation, write_report
 from pipeline.run_directory import CONFIG_FILE
 from pipeline.runtime.console import Console
-from pipeline.runtime.distributed import all_or_none, make_accelerator
+from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
 
 
 def main() -> None:
@@ -36,39 +48,64 @@ def main() -> None:
         print(__doc__)
         return
     with user_errors():
-        run, config = open_run(sys.argv[1:])
+        run, people, config = open_run(sys.argv[1:])
+        preferences = None if people.preferences is None else read_preferences(people.preferences)
         accelerator = make_accelerator(config.run.mixed_precision)
-        data, parts = all_or_none(accelerator, lambda: prepare(run, config, accelerator))
-        choose_rollout_microbatch(config, accelerator, parts.policy, config.run.evaluation_prompts)
-        evaluation = evaluate(
-            accelerator,
-            parts.policy,
-            parts.reference,
-            parts.reward,
-            data.tokenizer,
-            data.held_out,
-            config,
-            parts.frontier,
-        )
-    if accelerator.is_main_process:
-        console = Console(0, enabled=True)
-        show_evaluation(console, evaluation, run)
-        write_report(console, run)
-    accelerator.wait_for_everyone()
+        console = Console(0, enabled=accelerator.is_main_process)
+        if people.judge_file is not None:
+            pairs = on_main(accelerator, lambda: write_judge_file(run, people.judge_file))
+            console.say(
+                f"{pairs} pairs written to {people.judge_file}: write a, b or tie into the column better, as many rows "
+                f"as you like, from the top.\nKeep {key_path(people.judge_file)} from whoever marks."
+            )
+        elif people.read_marks is not None:
+            rate = on_main(accelerator, lambda: read_marks(people.read_marks))
+            console.table("What people marked", marks_table(rate))
+            if accelerator.is_main_process:
+                write_marks(rate, run)
+        else:
+            data, parts = all_or_none(accelerator, lambda: prepare(run, config, accelerator))
+            samples = config.run.evaluation_prompts if preferences is None else len(preferences)
+            choose_rollout_microbatch(config, accelerator, parts.policy, samples)
+            common = (accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer)
+            if preferences is not None:
+                figures = agreement(*common, preferences, config)
+                console.table("Agreement with people", preferences_table(figures))
+                if accelerator.is_main_process:
+                    write_preferences(figures, run)
+            else:
+                evaluation = evaluate(*common, data.held_out, config, parts.frontier)
+                if accelerator.is_main_process:
+                    show_evaluation(console, evaluation, run)
+                    write_report(console, run)
+        accelerator.wait_for_everyone()
     end_worker()
 
 
-def open_run(arguments: list[str]) -> tuple[Path, Config]:
-    """Read the run's directory and its settings; raises `ConfigError`."""
+def open_run(arguments: list[str]) -> tuple[Path, argparse.Namespace, Config]:
+    """Read the run's directory, the files of what people prefer and the settings; raises `ConfigError`."""
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError("name the run to evaluate: python -m pipeline.evaluate runs/quickstart [--setting value …]")
     run = Path(arguments[0])
     if not (run / CONFIG_FILE).is_file():
         raise ConfigError(f"{str(run)!r} is not a run: it has no {CONFIG_FILE}.")
-    config = parse_config(__doc__, ["--config", str(run / CONFIG_FILE), *arguments[1:]])
-    if config.run.evaluation_prompts < 1:
+    people, settings = people_options(arguments[1:])
+    config = parse_config(__doc__, ["--config", str(run / CONFIG_FILE), *settings])
+    if config.run.evaluation_prompts < 1 and not any(vars(people).values()):
         raise ConfigError("evaluation_prompts=0 leaves nothing to evaluate; give --evaluation_prompts 512.")
-    return run, config
+    return run, people, config
+
+
+def people_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Take --preferences, --judge-file and --read-marks, of which one may be given, out of the arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    group = parser.add_mutually_exclusive_group()
+    for name in ("preferences", "judge_file", "read_marks"):
+        group.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, type=Path, metavar="FILE")
+    try:
+        return parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; --help shows how.") from error
 
 
 def prepare(run: Path, config: Config, accelerator: Accelerator) -> tuple[Data, Parts]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
 from pipeline.frontiers import Frontier, overspend
+from pipeline.intervals import bootstrap_interval
 from pipeline.models.loading import first_token_id
 from pipeline.models.policy import Policy, Reference
 from pipeline.plane import curve_of, draw_plane, way_of
@@ -34,7 +35,6 @@ from pipeline.runtime.distributed import all_or_none, gather_fields, share
 from pipeline.runtime.engine import autocast
 
 EVALUATION_SEED = 20260  # fixed, so that runs of any seed are compared on the same prompts and noise
-BOOTSTRAP_SAMPLES = 10_000
 PLANE_FILE = "plane.png"
 SAMPLES_FILE = "evaluation_samples.jsonl"
 
@@ -55,14 +55,6 @@ class _Side(Responses):
     measures: Tensor  # (N, number of measures)
     kl: Tensor  # (N,) log p - log q summed over the response, nats; zero for the original itself
     ref_logprob: Tensor  # (N,) log-probability of the response under the original model
-
-
-def bootstrap_interval(values: np.ndarray, *, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values` (n,), from a fixed seed (Efron 1979)."""
-    rng = np.random.default_rng(EVALUATION_SEED)
-    means = np.concatenate([rng.choice(values, (500, len(values))).mean(1) for _ in range(BOOTSTRAP_SAMPLES // 500)])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
@@ -228,7 +220,7 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
     (directory / "evaluation.json").write_text(json.dumps(evaluation.figures, indent=2) + "\n", encoding="utf-8")
     with (directory / SAMPLES_FILE).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in evaluation.rows)
-    figures, samples = _markdown(figures_table(evaluation)), _markdown(samples_table(evaluation, 20))
+    figures, samples = markdown_table(figures_table(evaluation)), markdown_table(samples_table(evaluation, 20))
     plane = f"![KL and reward of the training]({PLANE_FILE})"
     text = f"# Before and after\n\n{figures}\n\n{plane}\n\n## Samples\n\n{samples}\n"
     (directory / "evaluation.md").write_text(text, encoding="utf-8")
@@ -272,7 +264,8 @@ def samples_table(evaluation: Evaluation, count: int) -> list[list[str]]:
     return rows
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of cells, the first row the header, as Markdown."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import evaluation
 from pipeline.assembly import build_parts, open_data, parse_config
-from pipeline.evaluation import bootstrap_interval, distinct, evaluate, repeated, samples_table, write_evaluation
+from pipeline.evaluation import distinct, evaluate, repeated, samples_table, write_evaluation
+from pipeline.intervals import bootstrap_interval
 from pipeline.rewards.composed import Component, ComposedReward
 from pipeline.runtime.distributed import make_accelerator
 

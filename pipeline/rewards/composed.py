@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.rewards.protocol import Reward, checked, checked_measures, checked_scores
+from pipeline.rewards.protocol import Reward, RewardError, checked, checked_measures, checked_scores
 from pipeline.rewards.reading import Reading, ReadingReward
 from pipeline.rewards.scaling import RunningMoments
 from pipeline.rewards.terms import SENTIMENT
@@ -58,6 +58,17 @@ class ComposedReward:
             RewardError: one of them broke its contract.
         """
         return {c.name: checked_scores(c.of_texts, prompts, responses) for c in self.components if c.of_texts}
+
+    def of_texts_alone(self, prompts: list[str], responses: list[str]) -> Tensor:
+        """The weighted sum (n,) of the components that judge texts: for texts that nobody sampled.
+
+        Raises:
+            RewardError: there is none, or one broke its contract.
+        """
+        scores = self.text_scores(prompts, responses)
+        if not scores:
+            raise RewardError(f"none of the reward's components ({', '.join(self.names)}) judges texts by themselves.")
+        return sum(c.weight * scores[c.name] for c in self.components if c.of_texts)
 
     def try_texts(self, prompts: list[str], responses: list[str]) -> None:
         """Score and measure texts, so that a fault shows; raises `RewardError`."""
