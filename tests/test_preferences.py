@@ -93,7 +93,7 @@ def test_figures_of_pairs_by_hand():
     assert values == pytest.approx({"tuned": 2 / 3, "original": 1 / 3, "log_ratio": 2 / 3, "gain": 1 / 3})
     low, high = likelihood["log_ratio"]["ci95"]
     assert (low, high) == (0, 1), "of three rows resampled"
-    assert any("1 of 4" in row for row in preferences_table(figures))
+    assert any("1 of 4" in row for row in preferences_table(figures | {"reward_name": "sentiment"}))
 
 
 def test_figures_of_ratings_by_hand():
