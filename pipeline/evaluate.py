@@ -19,14 +19,13 @@ from pipeline.assembly import (
     open_data,
     open_frontier,
     open_reward,
-    parse_config,
+    open_run,
+    open_tuned,
 )
 from pipeline.config import Config, ConfigError
 from pipeline.errors import end_worker, user_errors
 from pipeline.evaluation import evaluate
-from pipeline.models.building import load_tuned
 from pipeline.reporting import show_evaluation
-from pipeline.run_directory import CONFIG_FILE
 from pipeline.runtime.console import Console
 from pipeline.runtime.distributed import all_or_none, make_accelerator
 
@@ -36,7 +35,7 @@ def main() -> None:
         print(__doc__)
         return
     with user_errors():
-        run, config = open_run(sys.argv[1:])
+        run, config = read_arguments(sys.argv[1:])
         accelerator = make_accelerator(config.run.mixed_precision)
         data, parts = all_or_none(accelerator, lambda: prepare(run, config, accelerator))
         choose_rollout_microbatch(config, accelerator, parts.policy, config.run.evaluation_prompts)
@@ -56,14 +55,11 @@ def main() -> None:
     end_worker()
 
 
-def open_run(arguments: list[str]) -> tuple[Path, Config]:
+def read_arguments(arguments: list[str]) -> tuple[Path, Config]:
     """Read the run's directory and its settings; raises `ConfigError`."""
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError("name the run to evaluate: python -m pipeline.evaluate runs/quickstart [--setting value …]")
-    run = Path(arguments[0])
-    if not (run / CONFIG_FILE).is_file():
-        raise ConfigError(f"{str(run)!r} is not a run: it has no {CONFIG_FILE}.")
-    config = parse_config(__doc__, ["--config", str(run / CONFIG_FILE), *arguments[1:]])
+    run, config = open_run(__doc__, arguments[0], arguments[1:])
     if config.run.evaluation_prompts < 1:
         raise ConfigError("evaluation_prompts=0 leaves nothing to evaluate; give --evaluation_prompts 512.")
     return run, config
@@ -73,13 +69,7 @@ def prepare(run: Path, config: Config, accelerator: Accelerator) -> tuple[Data, 
     """Load the prompts, the reward and both models; raises `UserError`."""
     data = open_data(config)
     reward = open_reward(config, data, accelerator.device)
-    policy, reference = load_tuned(
-        config.model.model_path,
-        run,
-        use_peft=config.model.use_peft,
-        adapter_path=config.model.adapter_path,
-        device=accelerator.device,
-    )
+    policy, reference = open_tuned(run, config, accelerator.device)
     return data, Parts(policy, reference, reward, open_frontier(config, reference))
 
 

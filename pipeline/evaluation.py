@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
 from pipeline.frontiers import Frontier, overspend
+from pipeline.models.card import markdown_table
 from pipeline.models.loading import first_token_id
 from pipeline.models.policy import Policy, Reference
 from pipeline.plane import draw_plane, way_of
 from pipeline.ppo.kl import kl_estimate
 from pipeline.rewards.composed import ComposedReward
-from pipeline.rewards.reading import read
+from pipeline.rewards.reading import Reading, read
 from pipeline.rewards.repetition import ngrams
 from pipeline.rollout.rollout import (
     Responses,
@@ -36,6 +37,7 @@ from pipeline.runtime.engine import autocast
 EVALUATION_SEED = 20260  # fixed, so that runs of any seed are compared on the same prompts and noise
 BOOTSTRAP_SAMPLES = 10_000
 PLANE_FILE = "plane.png"
+EVALUATION_FILE = "evaluation.json"
 SAMPLES_FILE = "evaluation_samples.jsonl"
 
 
@@ -198,20 +200,38 @@ def _side(
             pad_token_id=tokenizer.pad_token_id,
             options=sampling_options(rollout),
         )
-        reading = read(
-            reference, responses, unprompted=reward.unprompted, first_token_id=first_token_id(tokenizer), **options
-        )
-        ref_logprobs = reading.logprobs
-        logprobs = ref_logprobs if policy is None else policy_outputs(policy, responses, **options).logprobs
+        reading, kl = reading_and_kl(policy, reference, reward, tokenizer, responses, **options)
     texts = response_texts(responses, prompts.text[mine], tokenizer)
     measures = all_or_none(accelerator, lambda: reward.measures(prompts.text[mine], texts, reading))
     local = _Side(
         **vars(responses),
         measures=torch.stack(list(measures.values()), 1).to(accelerator.device),
-        kl=kl_estimate(logprobs, ref_logprobs).sum(1),
-        ref_logprob=ref_logprobs.sum(1),
+        kl=kl,
+        ref_logprob=reading.logprobs.sum(1),
     )
     return list(measures), gather_fields(accelerator, local)
+
+
+def reading_and_kl(
+    policy: Policy | None,
+    reference: Reference,
+    reward: ComposedReward,
+    tokenizer: PreTrainedTokenizerBase,
+    responses: Responses,
+    *,
+    temperature: float,
+    microbatch_size: int,
+) -> tuple[Reading, Tensor]:
+    """What the reference reads in responses, for the reward; and their KL from it (n,), log p - log q summed, nats.
+
+    `policy` is the one that sampled them, None where the reference did, whose KL is zero.
+    """
+    options = {"temperature": temperature, "microbatch_size": microbatch_size}
+    reading = read(
+        reference, responses, unprompted=reward.unprompted, first_token_id=first_token_id(tokenizer), **options
+    )
+    logprobs = reading.logprobs if policy is None else policy_outputs(policy, responses, **options).logprobs
+    return reading, kl_estimate(logprobs, reading.logprobs).sum(1)
 
 
 def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
@@ -222,10 +242,10 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
     """
     evaluation.figures["way"] = way_of(directory / METRICS_FILE)
     draw_plane(directory / PLANE_FILE, evaluation.figures, evaluation.frontier)
-    (directory / "evaluation.json").write_text(json.dumps(evaluation.figures, indent=2) + "\n", encoding="utf-8")
+    (directory / EVALUATION_FILE).write_text(json.dumps(evaluation.figures, indent=2) + "\n", encoding="utf-8")
     with (directory / SAMPLES_FILE).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in evaluation.rows)
-    figures, samples = _markdown(figures_table(evaluation)), _markdown(samples_table(evaluation, 20))
+    figures, samples = markdown_table(figures_table(evaluation)), markdown_table(samples_table(evaluation, 20))
     plane = f"![KL and reward of the training]({PLANE_FILE})"
     text = f"# Before and after\n\n{figures}\n\n{plane}\n\n## Samples\n\n{samples}\n"
     (directory / "evaluation.md").write_text(text, encoding="utf-8")
@@ -267,11 +287,6 @@ def samples_table(evaluation: Evaluation, count: int) -> list[list[str]]:
         cells = [row["prompt"], row["before"], f"{row['before_score']:.2f}", row["after"], f"{row['after_score']:.2f}"]
         rows.append([" ".join(cell.split()) for cell in cells])
     return rows
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def _mean(value: dict[str, object]) -> str:
