@@ -1,6 +1,7 @@
 """From a recipe to the parts of a run, cheap checks first."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from pipeline.config import SECTIONS, Config
+from pipeline.config import SECTIONS, Config, ConfigError
 from pipeline.data.prompts import Openings, make_openings
 from pipeline.data.sources import load_reviews
 from pipeline.frontiers import Frontier, check_belongs, find_frontier, identity_of, load_frontier
-from pipeline.models.building import build_policy_and_reference
+from pipeline.models.building import build_policy_and_reference, load_tuned
 from pipeline.models.loading import LoraSettings, check_context, load_config, load_tokenizer
 from pipeline.models.policy import Policy, Reference
 from pipeline.rewards.composed import ComposedReward
@@ -23,6 +24,8 @@ from pipeline.rewards.loading import check_terms, load_reward
 from pipeline.rewards.terms import parse_terms
 from pipeline.rollout.sampling import sampling_options
 from pipeline.rollout.sizing import largest_microbatch
+from pipeline.run_directory import CONFIG_FILE
+from pipeline.runtime.checkpoints import is_checkpoint, restore_trained, trained_weights
 from pipeline.runtime.command import parse_recipe, split_recipe
 from pipeline.runtime.distributed import agreed_minimum, free_memory_bytes
 from pipeline.runtime.engine import precision
@@ -30,6 +33,8 @@ from pipeline.runtime.engine import precision
 # The bars of the libraries would tear the run's own.
 transformers_logging.disable_progress_bar()
 datasets.disable_progress_bars()
+# PEFT asks transformers by an old name, which a user can do nothing about.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,42 @@ def parse_config(description: str, arguments: Sequence[str] | None = None) -> Co
     return config
 
 
+def open_run(description: str, path: str, settings: Sequence[str] = ()) -> tuple[Path, Config]:
+    """The folder of a run, or of one of its checkpoints, and its recipe, over which `settings` win.
+
+    Raises:
+        ConfigError: there is none, or a setting makes no sense.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"{path!r} is not a run: it has no {CONFIG_FILE}.")
+    return folder, parse_config(description, ["--config", str(folder / CONFIG_FILE), *settings])
+
+
+def open_tuned(folder: Path, config: Config, device: torch.device | str) -> tuple[Policy, Reference]:
+    """What a run, or one of its checkpoints, made of its model; and the model it started from.
+
+    Raises:
+        ModelError, CheckpointError: a model cannot be opened, the run holds none yet, the checkpoint is damaged.
+    """
+    model = config.model
+    if is_checkpoint(folder):
+        weights = trained_weights(folder)
+        policy, reference = build_policy_and_reference(
+            model.model_path, lora=_lora(config), adapter_path=model.adapter_path, device=device
+        )
+        restore_trained(policy, weights)
+        return policy, reference
+    return load_tuned(model.model_path, folder, use_peft=model.use_peft, adapter_path=model.adapter_path, device=device)
+
+
+def _lora(config: Config) -> LoraSettings | None:
+    model = config.model
+    if not model.use_peft:
+        return None
+    return LoraSettings(model.lora_r, model.lora_alpha, model.lora_target_modules, config.run.seed)
+
+
 def open_data(config: Config) -> Data:
     """Check what can be checked without weights, then read the reviews and cut the openings.
 
@@ -96,7 +137,17 @@ def open_reward(config: Config, data: Data, device: torch.device) -> ComposedRew
     Raises:
         RewardError, ModelError: see `load_reward` and `checked_scores`.
     """
-    reward = load_reward(
+    reward = make_reward(config, device)
+    half = max(1, config.data.prompt_max_tokens // 2)
+    prompts = [data.tokenizer.decode(row[:half]) for row in data.training.tokens[:2]]
+    responses = [data.tokenizer.decode(row[half:]) for row in data.training.tokens[:2]]
+    reward.try_texts(prompts, responses)
+    return reward
+
+
+def make_reward(config: Config, device: torch.device | str) -> ComposedReward:
+    """Load what the recipe rewards; raises as `load_reward`."""
+    return load_reward(
         parse_terms(config.reward.reward),
         model_path=config.reward.reward_model_path,
         label=config.reward.reward_label,
@@ -106,11 +157,6 @@ def open_reward(config: Config, data: Data, device: torch.device) -> ComposedRew
         whitening=config.reward.reward_whitening,
         device=device,
     )
-    half = max(1, config.data.prompt_max_tokens // 2)
-    prompts = [data.tokenizer.decode(row[:half]) for row in data.training.tokens[:2]]
-    responses = [data.tokenizer.decode(row[half:]) for row in data.training.tokens[:2]]
-    reward.try_texts(prompts, responses)
-    return reward
 
 
 def build_parts(config: Config, data: Data, device: torch.device) -> Parts:
@@ -119,11 +165,8 @@ def build_parts(config: Config, data: Data, device: torch.device) -> Parts:
         load_frontier(Path(config.run.frontier))  # a fault in the file shows before a model is loaded
     reward = open_reward(config, data, device)
     model = config.model
-    lora = None
-    if model.use_peft:
-        lora = LoraSettings(model.lora_r, model.lora_alpha, model.lora_target_modules, config.run.seed)
     policy, reference = build_policy_and_reference(
-        model.model_path, lora=lora, adapter_path=model.adapter_path, device=device
+        model.model_path, lora=_lora(config), adapter_path=model.adapter_path, device=device
     )
     return Parts(policy, reference, reward, open_frontier(config, reference))
 

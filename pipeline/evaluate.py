@@ -28,17 +28,16 @@ from pipeline.assembly import (
     open_data,
     open_frontier,
     open_reward,
-    parse_config,
+    open_run,
+    open_tuned,
 )
 from pipeline.config import Config, ConfigError
 from pipeline.data.preferences import read_preferences
 from pipeline.errors import end_worker, user_errors
 from pipeline.evaluation import evaluate
 from pipeline.judging import key_path, marks_table, read_marks, write_judge_file, write_marks
-from pipeline.models.building import load_tuned
 from pipeline.preferences import agreement, preferences_table, write_preferences
 from pipeline.reporting import show_evaluation, write_report
-from pipeline.run_directory import CONFIG_FILE
 from pipeline.runtime.console import Console
 from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
 
@@ -48,7 +47,7 @@ def main() -> None:
         print(__doc__)
         return
     with user_errors():
-        run, people, config = open_run(sys.argv[1:])
+        run, people, config = read_arguments(sys.argv[1:])
         preferences = None if people.preferences is None else read_preferences(people.preferences)
         accelerator = make_accelerator(config.run.mixed_precision)
         console = Console(0, enabled=accelerator.is_main_process)
@@ -82,15 +81,12 @@ def main() -> None:
     end_worker()
 
 
-def open_run(arguments: list[str]) -> tuple[Path, argparse.Namespace, Config]:
+def read_arguments(arguments: list[str]) -> tuple[Path, argparse.Namespace, Config]:
     """Read the run's directory, the files of what people prefer and the settings; raises `ConfigError`."""
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError("name the run to evaluate: python -m pipeline.evaluate runs/quickstart [--setting value …]")
-    run = Path(arguments[0])
-    if not (run / CONFIG_FILE).is_file():
-        raise ConfigError(f"{str(run)!r} is not a run: it has no {CONFIG_FILE}.")
     people, settings = people_options(arguments[1:])
-    config = parse_config(__doc__, ["--config", str(run / CONFIG_FILE), *settings])
+    run, config = open_run(__doc__, arguments[0], settings)
     if config.run.evaluation_prompts < 1 and not any(vars(people).values()):
         raise ConfigError("evaluation_prompts=0 leaves nothing to evaluate; give --evaluation_prompts 512.")
     return run, people, config
@@ -112,13 +108,7 @@ def prepare(run: Path, config: Config, accelerator: Accelerator) -> tuple[Data, 
     """Load the prompts, the reward and both models; raises `UserError`."""
     data = open_data(config)
     reward = open_reward(config, data, accelerator.device)
-    policy, reference = load_tuned(
-        config.model.model_path,
-        run,
-        use_peft=config.model.use_peft,
-        adapter_path=config.model.adapter_path,
-        device=accelerator.device,
-    )
+    policy, reference = open_tuned(run, config, accelerator.device)
     return data, Parts(policy, reference, reward, open_frontier(config, reference))
 
 

@@ -16,12 +16,13 @@ from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
 from pipeline.frontiers import Frontier, overspend
 from pipeline.intervals import bootstrap_interval
+from pipeline.models.card import markdown_table
 from pipeline.models.loading import first_token_id
 from pipeline.models.policy import Policy, Reference
 from pipeline.plane import curve_of, draw_plane, way_of
 from pipeline.ppo.kl import kl_estimate
 from pipeline.rewards.composed import ComposedReward
-from pipeline.rewards.reading import read
+from pipeline.rewards.reading import Reading, read
 from pipeline.rewards.repetition import ngrams
 from pipeline.rollout.rollout import (
     Responses,
@@ -36,6 +37,7 @@ from pipeline.runtime.engine import autocast
 
 EVALUATION_SEED = 20260  # fixed, so that runs of any seed are compared on the same prompts and noise
 PLANE_FILE = "plane.png"
+EVALUATION_FILE = "evaluation.json"
 SAMPLES_FILE = "evaluation_samples.jsonl"
 
 
@@ -190,20 +192,38 @@ def _side(
             pad_token_id=tokenizer.pad_token_id,
             options=sampling_options(rollout),
         )
-        reading = read(
-            reference, responses, unprompted=reward.unprompted, first_token_id=first_token_id(tokenizer), **options
-        )
-        ref_logprobs = reading.logprobs
-        logprobs = ref_logprobs if policy is None else policy_outputs(policy, responses, **options).logprobs
+        reading, kl = reading_and_kl(policy, reference, reward, tokenizer, responses, **options)
     texts = response_texts(responses, prompts.text[mine], tokenizer)
     measures = all_or_none(accelerator, lambda: reward.measures(prompts.text[mine], texts, reading))
     local = _Side(
         **vars(responses),
         measures=torch.stack(list(measures.values()), 1).to(accelerator.device),
-        kl=kl_estimate(logprobs, ref_logprobs).sum(1),
-        ref_logprob=ref_logprobs.sum(1),
+        kl=kl,
+        ref_logprob=reading.logprobs.sum(1),
     )
     return list(measures), gather_fields(accelerator, local)
+
+
+def reading_and_kl(
+    policy: Policy | None,
+    reference: Reference,
+    reward: ComposedReward,
+    tokenizer: PreTrainedTokenizerBase,
+    responses: Responses,
+    *,
+    temperature: float,
+    microbatch_size: int,
+) -> tuple[Reading, Tensor]:
+    """What the reference reads in responses, for the reward; and their KL from it (n,), log p - log q summed, nats.
+
+    `policy` is the one that sampled them, None where the reference did, whose KL is zero.
+    """
+    options = {"temperature": temperature, "microbatch_size": microbatch_size}
+    reading = read(
+        reference, responses, unprompted=reward.unprompted, first_token_id=first_token_id(tokenizer), **options
+    )
+    logprobs = reading.logprobs if policy is None else policy_outputs(policy, responses, **options).logprobs
+    return reading, kl_estimate(logprobs, reading.logprobs).sum(1)
 
 
 def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
@@ -217,7 +237,7 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
     if evaluation.frontier is not None:
         evaluation.figures["frontier_curve"] = curve_of(evaluation.frontier)
     draw_plane(directory / PLANE_FILE, evaluation.figures, evaluation.frontier)
-    (directory / "evaluation.json").write_text(json.dumps(evaluation.figures, indent=2) + "\n", encoding="utf-8")
+    (directory / EVALUATION_FILE).write_text(json.dumps(evaluation.figures, indent=2) + "\n", encoding="utf-8")
     with (directory / SAMPLES_FILE).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in evaluation.rows)
     figures, samples = markdown_table(figures_table(evaluation)), markdown_table(samples_table(evaluation, 20))
@@ -262,12 +282,6 @@ def samples_table(evaluation: Evaluation, count: int) -> list[list[str]]:
         cells = [row["prompt"], row["before"], f"{row['before_score']:.2f}", row["after"], f"{row['after_score']:.2f}"]
         rows.append([" ".join(cell.split()) for cell in cells])
     return rows
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """Rows of cells, the first row the header, as Markdown."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def _mean(value: dict[str, object]) -> str:

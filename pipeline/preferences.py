@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Config
 from pipeline.data.preferences import Preferences
-from pipeline.evaluation import markdown_table
 from pipeline.intervals import RANKINGS, bootstrap_interval, rank_figures
+from pipeline.models.card import markdown_table
 from pipeline.models.loading import first_token_id
 from pipeline.models.policy import Policy, Reference
 from pipeline.rewards.composed import ComposedReward

@@ -1,17 +1,22 @@
-"""Shards a policy over CPU processes with FSDP2, as Accelerate would on GPUs: accelerate launch … fsdp_run.py MODEL
+"""Shards a policy over CPU processes with FSDP2, as Accelerate would on GPUs: accelerate launch … fsdp_run.py MODEL DIR
 
-Accelerate has no FSDP on CPU, so this goes to torch's `fully_shard` itself and asks what the engine's calls do with it.
+Accelerate has no FSDP on CPU, so this goes to torch's `fully_shard` itself and asks what the engine's calls do with it,
+and whether what Accelerate writes into DIR is read back whole.
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import save_fsdp_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from pipeline.models.building import build_policy_and_reference
 from pipeline.models.packing import pack
+from pipeline.runtime.checkpoints import FSDP_FOLDER, joined_by_torch
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.engine import gathered, settle
 
@@ -47,6 +52,12 @@ def main() -> None:
         for (name, one), two in zip(whole.named_parameters(), policy.parameters(), strict=True):
             torch.testing.assert_close(two.grad.full_tensor(), one.grad, msg=name)
         policy.zero_grad()
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    save_fsdp_model(plugin, accelerator, policy, sys.argv[2])
+    accelerator.wait_for_everyone()
+    found = joined_by_torch(Path(sys.argv[2]) / FSDP_FOLDER)
+    for name, one in whole.named_parameters():
+        assert torch.equal(found[name], one.detach()), name
     print("as whole weights do")
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from launching import launch, metrics
+from launching import launch, metrics, run_here
 from peft import PeftModel
 from recorded_run import PROBE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from pipeline import export
 
 LORA = ("--use_peft", "--lora_r", "4")
 STEPS = 5
@@ -67,6 +69,16 @@ def test_however_the_work_is_shared_the_run_is_the_same(tmp_path, tiny_recipe, a
     with torch.no_grad():
         logits = model(input_ids=PROBE).logits
     torch.testing.assert_close(logits, torch.load(shared / "logits.pt"), atol=1e-5, rtol=1e-5)
+    whole = (
+        "--what",
+        "merged" if settings else "full",
+        "--to",
+        tmp_path / "exported",
+    )  # from the parts of both workers
+    assert run_here(export.main, shared / "run" / "checkpoints" / f"step_{STEPS:06}", *whole) == 0
+    with torch.no_grad():
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(input_ids=PROBE).logits
+    assert (exported - torch.load(shared / "logits.pt")).abs().max() < 1e-4
     torch.testing.assert_close(logits, torch.load(expected / "logits.pt"), atol=1e-3, rtol=1e-3)
 
 
@@ -96,8 +108,8 @@ def test_a_sharded_policy_and_reference_with_heads_of_their_own_say_what_replica
     assert figures[1]["kl"] == pytest.approx(figures[0]["kl"], abs=1e-3)
 
 
-def test_weights_sharded_by_fsdp_are_whole_for_a_rollout_and_train_as_before(tiny_lm):
-    done = launch(2, ["tests/fsdp_run.py", tiny_lm])
+def test_weights_sharded_by_fsdp_are_whole_for_a_rollout_and_an_export_and_train_as_before(tmp_path, tiny_lm):
+    done = launch(2, ["tests/fsdp_run.py", tiny_lm, str(tmp_path)])
     assert done.returncode == 0 and done.stdout.count("as whole weights do") == 2, done.stderr
 
 

@@ -51,7 +51,10 @@ def load_tuned(
         ModelError: either cannot be opened, or `directory` holds no finished run.
     """
     if not (directory / VALUE_HEAD_FILE).is_file():
-        raise ModelError(f"{str(directory)!r} holds no trained model (no {VALUE_HEAD_FILE}); give a finished run.")
+        raise ModelError(
+            f"{str(directory)!r} holds no trained model (no {VALUE_HEAD_FILE}); give a finished run, or one of its "
+            f"checkpoints: {directory}/checkpoints/step_…"
+        )
     original = use_fast_kernels(load_causal_lm(path), device)
     if use_peft:
         with opening(str(directory), "the adapter"):

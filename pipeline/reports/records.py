@@ -8,11 +8,10 @@ from pathlib import Path
 import yaml
 
 from pipeline.checked import ConfigError
-from pipeline.evaluation import SAMPLES_FILE
+from pipeline.evaluation import EVALUATION_FILE, SAMPLES_FILE
 from pipeline.run_directory import CONFIG_FILE, FINISHED, FREE_TO_CHANGE, METRICS_FILE
 from pipeline.runtime.environment import read_parts
 
-EVALUATION_FILE = "evaluation.json"
 NAMED_SETTINGS = 3  # that differ, in the name of a group
 
 

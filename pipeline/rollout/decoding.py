@@ -5,7 +5,7 @@ models that want another cache or mask, the same step runs as a plain loop.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -68,6 +68,31 @@ def decode(
             break
         advance()
     return steps.result()
+
+
+@torch.no_grad()
+def decode_stepwise(
+    model: nn.Module,
+    prompts: Tensor,
+    prompt_mask: Tensor,
+    uniforms: Tensor,
+    lengths: Tensor,
+    *,
+    eos_token_id: int,
+    pad_token_id: int,
+    options: SamplingOptions,
+) -> Iterator[Decoded]:
+    """As `decode`, for those who watch: gives what there is after each token.
+
+    Each step runs under the autocast and adapter state of the `next` that asks for it, so the original and the tuned
+    model can take turns.
+    """
+    steps = _Steps(model, prompts, uniforms, eos_token_id, pad_token_id, options, None)
+    steps.start(prompts, prompt_mask, uniforms, lengths)
+    yield steps.result()
+    while steps.running.any():
+        steps.step()
+        yield steps.result()
 
 
 class _Steps:

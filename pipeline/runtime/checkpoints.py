@@ -4,7 +4,9 @@ checkpoints/step_000020/    checkpoint.json (the seal), trainer_state.json, weig
 checkpoints/.writing        one being written; whatever a crash leaves there is removed by the next
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -12,6 +14,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -24,6 +28,8 @@ from pipeline.runtime.engine import is_deepspeed, strategy
 SEAL = "checkpoint.json"
 STATE = "trainer_state.json"
 WEIGHTS = "trainable.safetensors"
+DEEPSPEED_FOLDER = "pytorch_model"  # Accelerate's names for the parts of sharded weights
+FSDP_FOLDER = "pytorch_model_fsdp_0"
 FORMAT = 1
 _NAME = re.compile(r"step_(\d+)")
 
@@ -110,9 +116,7 @@ class Checkpoints:
 
     def _load_trainable(self, models: list[nn.Module], directory: str) -> None:
         if models:
-            saved = load_file(f"{directory}/{WEIGHTS}")
-            for name, tensor in _trainable(self.accelerator.unwrap_model(models.pop())).items():
-                tensor.copy_(saved[name])
+            restore_trained(self.accelerator.unwrap_model(models.pop()), load_file(f"{directory}/{WEIGHTS}"))
 
 
 def all_checkpoints(directory: Path) -> list[Path]:
@@ -168,6 +172,58 @@ def check_topology(path: Path, now: str, processes: int) -> None:
             f"{path} was written by {before} workers under {then}, and this run has {processes} under {now}; launch it "
             f"as it was, or start over with --resume never."
         )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one checkpoint, and not a run or anything else."""
+    return (path / SEAL).is_file()
+
+
+def trained_weights(path: Path) -> dict[str, Tensor]:
+    """The trained weights of a checkpoint, whole, in float32, by name; one process reads them, however many wrote them.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    damage = damage_of(path)
+    if damage is not None:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {damage}; give an older one, or the run itself.")
+    sharing = json.loads((path / SEAL).read_text(encoding="utf-8"))["strategy"]
+    if sharing.startswith("zero"):
+        return _joined_by_deepspeed(path)
+    return joined_by_torch(path / FSDP_FOLDER) if sharing == "fsdp2" else load_file(path / WEIGHTS)
+
+
+def _joined_by_deepspeed(path: Path) -> dict[str, Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it counts its files there
+        return get_fp32_state_dict_from_zero_checkpoint(str(path), tag=DEEPSPEED_FOLDER, exclude_frozen_parameters=True)
+
+
+def joined_by_torch(folder: Path) -> dict[str, Tensor]:
+    """The weights in a folder of `torch.distributed.checkpoint`, as Accelerate writes it under FSDP2."""
+    reader = dcp.FileSystemReader(folder)
+    entries = reader.read_metadata().state_dict_metadata
+    weights = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    dcp.load(weights, storage_reader=reader, no_dist=True)
+    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+def restore_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy `weights` into the trainable parameters of `model`, by name; it may hold others besides.
+
+    Raises:
+        CheckpointError: one is missing or has another shape.
+    """
+    for name, tensor in _trainable(model).items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            found = f"the shape {tuple(weights[name].shape)}" if name in weights else "no such weight"
+            raise CheckpointError(
+                f"the checkpoint is of another model: {name} has the shape {tuple(tensor.shape)} here, and there is "
+                f"{found} there."
+            )
+        tensor.copy_(weights[name])
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:

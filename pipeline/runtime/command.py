@@ -26,7 +26,7 @@ def parse_recipe(
     parser = TrlParser(dataclass_types, description=description.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE.yaml", help="Recipe whose keys are the options below.")
     parser.set_defaults(**defaults)
-    parser.error = _raise  # argparse would print all options before the one line that matters
+    parser.error = raise_error  # argparse would print all options before the one line that matters
     if recipe is not None:
         _check_recipe(recipe)
         arguments = ["--config", recipe, *arguments]
@@ -78,7 +78,8 @@ def _check_recipe(path: str) -> None:
         raise UserError(f"{path}: there is no setting config; one recipe cannot name another.")
 
 
-def _raise(message: str) -> NoReturn:
+def raise_error(message: str) -> NoReturn:
+    """What an argparse parser does on an error here: one line instead of all options."""
     raise UserError(message)
 
 
