@@ -9,6 +9,7 @@ import base64
 import gzip
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from pipeline.reports.drawing import Chart, colours, digits
@@ -120,7 +121,6 @@ def _samples_note(run: Run, shown: Sequence[dict[str, object]]) -> str:
 
 def _rendered(*, outcome_charts: list[Chart], step_charts: list[Chart], samples: object, **facts: object) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
 
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -132,6 +132,13 @@ def _rendered(*, outcome_charts: list[Chart], step_charts: list[Chart], samples:
         outcome_charts=outcome_charts,
         step_charts=step_charts,
         data={"charts": charts, "samples": samples},
-        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
+        plotly=_packed_plotly(),
         **facts,
     )
+
+
+@cache
+def _packed_plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()

@@ -28,7 +28,8 @@ def resumed(tmp_path_factory, tiny_recipe):
 def test_a_run_without_evaluation_has_a_report_of_its_training(resumed):
     page = (resumed / "report.html").read_text()
     assert "first and last step of the training; not evaluated" in page
-    assert f"Not recorded. python -m pipeline.evaluate {resumed} writes it." in page
+    told = page.count(f"Not recorded. python -m pipeline.evaluate {resumed} writes it.")
+    assert told == 2, "in the places of the histograms and of the samples"
     assert page.count('class="plot"') == 9, "eight over steps and the plane"
 
 
