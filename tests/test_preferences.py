@@ -103,7 +103,7 @@ def test_figures_of_ratings_by_hand():
     assert figures["likelihood"]["log_ratio"]["spearman"]["value"] == pytest.approx(-1), "over the three that fit"
     unmoved = preference_figures(readings([[1], [2]], [[-1], [-2]], [[-1], [-2]], [2, 2]), [1, 2], context=10)
     assert unmoved["likelihood"]["log_ratio"]["spearman"] is None
-    assert "undefined" in str(preferences_table(unmoved))
+    assert "undefined" in str(preferences_table(unmoved | {"reward_name": "sentiment"}))
 
 
 # Tokens.
