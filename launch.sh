@@ -19,6 +19,8 @@ usage() {
 sbatch --nodes=2 --gpus-per-node=4 launch.sh recipes/X.yaml [--setting value …]
                                                 the same as a SLURM job (docs/slurm.md)
 ./launch.sh frontier [recipes/X.yaml] […]       estimate the best reward at each KL of a recipe (python -m pipeline.frontier)
+./launch.sh chat|evaluate|export|report RUN […] try a finished run in the browser, compare it again, take its model out, make
+                                                its report (python -m pipeline.chat, …)
 ./launch.sh --dry-run […]                       print the commands that would run, and stop
 ./launch.sh test [pytest arguments]             run the tests
 ./launch.sh setup                               make the environment and stop
@@ -281,5 +283,12 @@ case "${1:-}" in
     exec python -m pytest "$@"
     ;;
   frontier) shift; command_given=pipeline.frontier; train "$@" ;;
+  chat | evaluate | export | report)
+    module="pipeline.$1"
+    shift
+    set_up
+    tune_cpu 1
+    exec python -m "$module" "$@"
+    ;;
   *) train "$@" ;;
 esac
