@@ -1,35 +1,59 @@
-"""Every command in README and docs: recipes and settings are parsed as the run would, smaller commands are run."""
+"""Every command in README and docs: those that train are parsed as the run would, all others are run on a small run."""
 
+import json
+import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, user_environment
+from launching import ROOT, run_here, user_environment
 
+from pipeline import train
 from pipeline.assembly import parse_config
 from pipeline.rewards.terms import parse_terms
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LAUNCHED = ("chat", "evaluate", "export", "report")  # what launch.sh passes on as it is
+ELSEWHERE = ("--push-to-hub", "--share")  # need a Hub or a server of others; the pages say so
+PAIRS = [{"prompt": "the film", "chosen": " was good", "rejected": " was bad"}] * 4
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of a page's bash blocks, continued ones joined, comments and what is not ours left out."""
-    blocks = re.findall(r"^ *```(?:bash|sh|shell)\n(.*?)^ *```", page.read_text(), re.DOTALL | re.MULTILINE)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [re.sub(r"\s+#.*", "", line) for line in lines if line and not line.startswith("#")]
+    """The lines of a page's bash blocks, and commands within its text that are whole."""
+    text = page.read_text()
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines += [" ".join(found.split()) for found in re.findall(r"`((?:\./launch\.sh|python -m) [^`]*)`", prose)]
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+    ours = re.compile(r"(sbatch .*)?(\./)?launch\.sh|python -m (pipeline|benchmarks)\.")
+    return list(dict.fromkeys(line for line in lines if ours.match(line) and not re.search(r"…|\b[A-Z]{3,}\b", line)))
 
 
-COMMANDS = [pytest.param(c, id=f"{page.stem}: {c[:60]}") for page in PAGES for c in commands(page)]
+def of_module(command: str) -> list[str] | None:
+    """[module, arguments …] of a command that is neither a training nor this suite."""
+    words = shlex.split(command)
+    if words[:2] == ["python", "-m"]:
+        return words[2:]
+    return [f"pipeline.{words[1]}", *words[2:]] if words[1:2] and words[1] in LAUNCHED else None
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "launch.sh" in c.values[0]])
-def test_launch_commands_start_what_they_say(command):
+COMMANDS = {command: page.stem for page in reversed(PAGES) for command in commands(page)}  # each once
+TRAININGS = [pytest.param(c, id=f"{page}: {c}") for c, page in COMMANDS.items() if of_module(c) is None]
+MODULES = [pytest.param(c, id=f"{page}: {c}") for c, page in COMMANDS.items() if of_module(c) is not None]
+
+
+@pytest.mark.parametrize("command", TRAININGS)
+def test_what_trains_starts_with_settings_that_are_known(command):
     words = shlex.split(command)
     after = words[next(i for i, word in enumerate(words) if word.endswith("launch.sh")) + 1 :]
-    if after[:1] in (["test"], ["setup"], ["--help"]):
-        return  # this suite; what it runs in
+    if after[:1] in (["test"], ["setup"]):
+        return  # this suite, and what it runs in
     told = subprocess.run(["./launch.sh", "--dry-run", *after], cwd=ROOT, env=user_environment(), capture_output=True,
                           text=True, timeout=60)  # fmt: skip
     assert told.returncode == 0, told.stderr
@@ -39,3 +63,49 @@ def test_launch_commands_start_what_they_say(command):
         parse_terms(parse_config("", settings).reward.reward)
     else:
         assert module in ("pipeline.sft", "pipeline.reward_model") and (ROOT / settings[1]).is_file()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_recipe):
+    """A folder as the project's, in which the runs that the pages speak of are small ones."""
+    place = tmp_path_factory.mktemp("docs")
+    for name in ("assets", "recipes"):
+        (place / name).symlink_to(ROOT / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        tiny = ("--config", tiny_recipe, "--save_every_steps", 1)
+        assert run_here(train.main, *tiny, "--output_dir", "runs/gpt2_imdb") == 0
+        lora = (*tiny, "--use_peft", "true", "--lora_r", 2)
+        assert run_here(train.main, *lora, "--output_dir", "runs/quickstart") == 0
+    run = place / "runs/quickstart"
+    shutil.copytree(run / "checkpoints/step_000003", run / "checkpoints/step_000060")
+    for seed in range(2):
+        shutil.copytree(run, place / "runs/seeds/quickstart" / str(seed))
+    (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    return place
+
+
+@pytest.mark.parametrize("command", MODULES)
+def test_what_does_not_train_runs(command, place):
+    module, *arguments = of_module(command)
+    if any(option in arguments for option in ELSEWHERE):
+        arguments.append("--help")
+    if module.startswith("benchmarks."):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()  # minutes to hours each
+        return
+    if "--read-marks" in arguments:  # somebody has marked the sheet
+        sheet = place / arguments[arguments.index("--read-marks") + 1]
+        first, *rest = sheet.read_text().splitlines()
+        sheet.write_text("\n".join([first, *(row + "tie" if row.endswith(",") else row for row in rest)]) + "\n")
+    arguments = [found for a in arguments for found in (sorted(map(str, place.glob(a))) if "*" in a else [a])]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=place, env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    if module == "pipeline.chat":
+        lines = iter(process.stdout.readline, "")
+        assert any("Chat with" in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+        return
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
