@@ -3,7 +3,7 @@
     python -m benchmarks.human_ratings runs/quickstart
 
 pip fetches the source archive of vaderSentiment 3.3.2, which carries 10,605 snippets of Rotten Tomatoes reviews, each
-rated by about 15 people from -4 to 4 (Hutto and Gilbert 2014, "VADER"; the package is under the MIT licence). It stays
+rated by 15 to 29 people from -4 to 4 (Hutto and Gilbert 2014, "VADER"; the package is under the MIT licence). It stays
 in runs/human_ratings, beside `all.jsonl` (text, rating) and `unseen.jsonl`: most snippets are sentences that the
 shipped classifier was trained on, and only the others tell how it judges new ones. Runs `pipeline.evaluate
 --preferences` on both and writes the figures to benchmarks/results/human_ratings.json, with how one person's rating

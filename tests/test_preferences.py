@@ -124,9 +124,10 @@ def test_a_row_is_cut_at_one_token_and_put_together_is_the_whole_text(tokenizer)
 
 
 def test_a_token_across_the_cut_of_one_response_moves_the_cut_of_the_other(tokenizer):
-    ((prompt, (chosen, rejected)),) = tokenized(tokenizer, ["the fil"], [("m was good", " was bad")])
-    assert tokenizer.decode(prompt) == "the"
-    assert tokenizer.decode(chosen) == " film was good" and tokenizer.decode(rejected) == " fil was bad"
+    for responses in [("m was good", " was bad"), (" was bad", "m was good")]:
+        ((prompt, tokens),) = tokenized(tokenizer, ["the fil"], [responses])
+        assert tokenizer.decode(prompt) == "the"
+        assert [tokenizer.decode(own) for own in tokens] == [" fil" + response for response in responses]
 
 
 # The command, on a short run of the tiny models.
