@@ -1,5 +1,6 @@
 """Every command in README and docs: those that train are parsed as the run would, all others are run on a small run."""
 
+import csv
 import json
 import os
 import re
@@ -94,9 +95,12 @@ def test_what_does_not_train_runs(command, place):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()  # minutes to hours each
         return
     if "--read-marks" in arguments:  # somebody has marked the sheet
-        sheet = place / arguments[arguments.index("--read-marks") + 1]
-        first, *rest = sheet.read_text().splitlines()
-        sheet.write_text("\n".join([first, *(row + "tie" if row.endswith(",") else row for row in rest)]) + "\n")
+        with (place / arguments[arguments.index("--read-marks") + 1]).open("r+", newline="") as sheet:
+            rows = [row | {"better": "tie"} for row in csv.DictReader(sheet)]
+            sheet.seek(0)
+            writer = csv.DictWriter(sheet, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
     arguments = [found for a in arguments for found in (sorted(map(str, place.glob(a))) if "*" in a else [a])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=place, env=environment, text=True,
