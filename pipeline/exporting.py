@@ -131,10 +131,15 @@ def _loading(export: Export) -> str:
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
         )
     code = (
-        f"```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{export.base}")\n'
+        f"```python\nimport torch\nfrom peft import PeftModel\n"
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{export.base}", dtype=torch.float32)\n'
         f'model = PeftModel.from_pretrained(base, "{name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+    )
+    code += (
+        "\n\nThe adapter was trained on the base in float32; without `dtype` a base stored in bfloat16 stays so, and "
+        "the answers are a little off."
     )
     if not Path(export.base).is_dir():
         return code

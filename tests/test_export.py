@@ -36,7 +36,7 @@ assert importlib.util.find_spec("pipeline") is None
 probe = torch.arange(12).view(2, 6)
 with torch.no_grad():
     for folder in sys.argv[1:]:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         assert AutoTokenizer.from_pretrained(folder)("the film").input_ids
         torch.save(model(input_ids=probe).logits, folder + "/logits.pt")
 """
@@ -47,7 +47,16 @@ def name_of(run: str, part: str, what: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_recipe):
+def base(tmp_path_factory, tiny_lm, tokenizer):
+    """The folder of an original stored in bfloat16, as the shipped one and most on the Hub are."""
+    folder = tmp_path_factory.mktemp("base") / "stored-lowered"
+    AutoModelForCausalLM.from_pretrained(tiny_lm).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_recipe, base):
     """Two LoRA runs and a full one, each with the logits its policy had at the end beside it."""
     root = tmp_path_factory.mktemp("runs")
     for name, settings in [("positive", LORA), ("negative", (*LORA, "--reward_label", "NEGATIVE")), ("full", ())]:
@@ -55,13 +64,13 @@ def runs(tmp_path_factory, tiny_recipe):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(recorded_run, "RECORD", root / name)
             patch.setattr(train, "save_policy", recorded_run.saving)
-            options = ("--config", tiny_recipe, "--output_dir", root / name / "run", *settings)
+            options = ("--config", tiny_recipe, "--model_path", base, "--output_dir", root / name / "run", *settings)
             assert run_here(train.main, *options) == 0
     return root
 
 
 @pytest.fixture(scope="module")
-def exported(runs, tiny_lm):
+def exported(runs, base):
     """The folder of all exports, read by one process that knows transformers and PEFT and not this project."""
     folder = runs / "exported"
     for run, part, what in EXPORTS:
@@ -69,7 +78,7 @@ def exported(runs, tiny_lm):
         assert run_here(export.main, runs / run / "run" / part, "--what", what, "--to", to) == 0
     for name in ("positive", "negative"):  # as docs/export.md calls them
         (folder / name).symlink_to(name_of(name, ".", "adapter"))
-    (runs / "base").symlink_to(tiny_lm)
+    (runs / "base").symlink_to(base)
     (runs / "reader.py").write_text(READER + documented_switching())
     folders = [str(folder / name_of(*one)) for one in EXPORTS]
     done = subprocess.run([sys.executable, "-I", "reader.py", *folders], cwd=runs, capture_output=True, text=True)
@@ -92,38 +101,38 @@ def test_a_process_without_this_project_gets_the_logits_of_the_trained_policy(ex
     assert (found - torch.load(runs / run / "logits.pt")).abs().max() < 1e-4
 
 
-def test_the_policies_differ_from_their_original_and_from_each_other_by_far_more(runs, tiny_lm):
+def test_the_policies_differ_from_their_original_and_from_each_other_by_far_more(runs, base):
     with torch.no_grad():
-        original = AutoModelForCausalLM.from_pretrained(tiny_lm)(input_ids=PROBE).logits
+        original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(input_ids=PROBE).logits
     logits = [original, *(torch.load(runs / name / "logits.pt") for name in ("positive", "negative", "full"))]
     for i, one in enumerate(logits):
         assert all((one - other).abs().max() > 0.01 for other in logits[:i])
 
 
-def test_adapters_are_switched_on_one_base_as_the_documentation_says(exported, runs, tiny_lm):
+def test_adapters_are_switched_on_one_base_as_the_documentation_says(exported, runs, base):
     found = torch.load(runs / "switched.pt")
     for name in ("positive", "negative"):
         assert (found[name] - torch.load(runs / name / "logits.pt")).abs().max() < 1e-4
     with torch.no_grad():
-        original = AutoModelForCausalLM.from_pretrained(tiny_lm)(input_ids=PROBE).logits
+        original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(input_ids=PROBE).logits
     assert (found["original"] - original).abs().max() < 1e-5
 
 
-def test_a_folder_has_what_its_users_need_and_nothing_of_ppo(exported, tiny_lm):
+def test_a_folder_has_what_its_users_need_and_nothing_of_ppo(exported, base):
     for what, weights in (("adapter", "adapter_model.safetensors"), ("merged", "model.safetensors")):
         names = {path.name for path in (exported / name_of("positive", ".", what)).iterdir()} - {"logits.pt"}
         own = {"adapter_config.json"} if what == "adapter" else {"config.json"}
         always = {"README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
         assert names == always | own | {weights}
     settings = json.loads((exported / name_of("positive", ".", "adapter") / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(Path(tiny_lm).resolve())
+    assert settings["base_model_name_or_path"] == str(base.resolve())
 
 
 def test_the_card_has_the_runs_figures_how_to_load_it_and_what_is_known_of_licences(exported, runs):
     card = (exported / name_of("positive", ".", "adapter") / "README.md").read_text()
     figures = json.loads((runs / "positive/run/evaluation.json").read_text())
     assert f"| KL from the original, nats a response | 0 | {figures['kl']:.2f} (" in card
-    assert "PeftModel.from_pretrained(base, " in card and "library_name: peft" in card
+    assert "dtype=torch.float32" in card and "PeftModel.from_pretrained(base, " in card and "library_name: peft" in card
     assert "unknown: its card states none." in card and "unknown: no card states one." in card
     assert "rank 4, alpha 32" in card and "python -m pipeline.export" in card
     card = (exported / name_of("positive", "checkpoints/step_000003", "merged") / "README.md").read_text()
@@ -135,14 +144,14 @@ def planned(run: Path, *options: str) -> Export:
     return export.plan(*open_run("", asked.run), asked)
 
 
-def test_a_hub_name_stays_a_folder_becomes_absolute_and_another_name_wins(runs, tmp_path, monkeypatch, tiny_lm):
+def test_a_hub_name_stays_a_folder_becomes_absolute_and_another_name_wins(runs, tmp_path, monkeypatch, base):
     run = runs / "positive/run"
     options = ["--what", "adapter", "--to", str(tmp_path / "to")]
     assert planned(run, *options, "--base", "you/base").base == "you/base"
-    monkeypatch.chdir(Path(tiny_lm).parent)
-    for path, base in (("me/base", "me/base"), (Path(tiny_lm).name, str(Path(tiny_lm).resolve()))):
+    monkeypatch.chdir(base.parent)
+    for path, name in (("me/base", "me/base"), (base.name, str(base.resolve()))):
         folder, config = open_run("", str(run), ["--model_path", path])
-        assert export.plan(folder, config, export.parse([str(run), *options])).base == base
+        assert export.plan(folder, config, export.parse([str(run), *options])).base == name
 
 
 @pytest.mark.parametrize(
@@ -199,8 +208,10 @@ def test_other_faults_are_one_line_and_leave_nothing(runs, tmp_path, capsys):
 def test_files_that_say_something_else_than_the_policy_are_not_kept(runs, tmp_path, monkeypatch):
     # An adapter on a head that is the embedding too: folded in, it changes what the model reads as well.
     run, config = open_run("", str(runs / "positive/run"))
-    base = AutoModelForCausalLM.from_pretrained(config.model.model_path)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False))
+    original = AutoModelForCausalLM.from_pretrained(config.model.model_path)
+    model = get_peft_model(
+        original, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
+    )
     for path in run.iterdir():
         if path.is_file() and not path.name.startswith("adapter"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
