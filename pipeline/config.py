@@ -221,10 +221,10 @@ class RunSettings(Checked):
         0, "PPO step (from 1) to profile: a trace and the ten heaviest operations in output_dir/profile; 0: none."
     )
     quiet: bool = setting(False, "Print only warnings, errors and one line of the comparison before/after.")
-    report_to: list[str] | None | str = setting(  # in this order the parser takes several, and a recipe one name
-        None,
-        "Trackers beside the console and metrics.jsonl, one or more of wandb, tensorboard and trackio; none or null: "
-        "none. wandb heeds WANDB_MODE (online, offline, disabled) and stays offline without a login.",
+    report_to: list[str] = setting(
+        ["none"],
+        "Trackers beside the console and metrics.jsonl: one or more of wandb, tensorboard, trackio; or none. wandb "
+        "heeds WANDB_MODE (online, offline, disabled) and stays offline without a login.",
     )
     wandb_project: str = setting("rlhf-ppo", "Project of the run in wandb and Trackio.")
     wandb_log_model: bool = setting(False, "Give the finished run's model to wandb as an artifact.")
@@ -232,8 +232,7 @@ class RunSettings(Checked):
     @property
     def trackers(self) -> list[str]:
         """The names in `report_to`, each once; empty for none."""
-        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or ["none"]
-        return [] if names == ["none"] else list(dict.fromkeys(names))
+        return [] if self.report_to == ["none"] else list(dict.fromkeys(self.report_to))
 
     def check(self):
         require(set(self.trackers) <= set(TRACKERS), "report_to", self.report_to,

@@ -97,7 +97,7 @@ class Reporter:
         shown = {name: (f"{metrics[metric]:{form}}", notes.get(name, "")) for name, (metric, form) in SHOWN.items()}
         self.console.step(step, shown, left)
         parts = report.parts if len(report.parts) > 1 else {}  # one alone is the reward
-        histograms = {f"reward/histogram/{name}": values for name, values in parts.items()}
+        histograms = {f"reward/{name}/histogram": values for name, values in parts.items()}
         self._trackers.log(step, metrics, {"reward/histogram": report.scores, **histograms})
         if step % self.config.run.samples_every_steps == 0 or step == steps:
             self.console.samples([(sample.prompt, sample.response, _given(sample)) for sample in report.samples])

@@ -105,5 +105,8 @@ class Console:
             action()
         except (Exception, SystemExit) as error:  # rich exits when nobody reads the pipe any more
             self._rich.quiet = True
-            with suppress(OSError):
+            live, self._live = self._live, None
+            with suppress(Exception):
+                if live is not None:
+                    live.stop()  # or it would keep stderr to itself
                 print(f"warning: the console failed ({error!r}); the run goes on without it.", file=sys.stderr)
