@@ -33,8 +33,9 @@ from pipeline.runtime.engine import precision
 # The bars of the libraries would tear the run's own.
 transformers_logging.disable_progress_bar()
 datasets.disable_progress_bars()
-# PEFT asks transformers by an old name, which a user can do nothing about.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+# What the libraries, whose versions are pinned, call outdated in each other is not for who runs this to mend.
+if not sys.warnoptions:
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 @dataclass(frozen=True)
@@ -205,15 +206,15 @@ def choose_rollout_microbatch(config: Config, accelerator: Accelerator, policy: 
 
 def config_warnings(config: Config) -> list[str]:
     """What to tell a user whose settings are allowed and do something else than they seem to."""
-    warnings = []
+    told = []
     if not sampling_options(config.rollout).is_pure:
-        warnings.append(
+        told.append(
             "top_k, top_p or eos_min_tokens restrict the sampling: log-probs and KL are still those of the "
             "unrestricted distribution, so the KL reported and penalised is not that of the samples."
         )
     if config.ppo.clip_range >= 1:
-        warnings.append(
+        told.append(
             f"clip_range={config.ppo.clip_range:g} clips no ratio that falls, since none is below 0: only "
             f"kl_early_stop and the guards hold an update back; 0.2 is usual."
         )
-    return warnings
+    return told

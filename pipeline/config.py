@@ -12,6 +12,8 @@ import yaml
 
 from pipeline.checked import Checked, ConfigError, require, setting
 
+TRACKERS = ("wandb", "tensorboard", "trackio")
+
 
 @dataclass
 class ModelSettings(Checked):
@@ -218,10 +220,25 @@ class RunSettings(Checked):
     profile: int = setting(
         0, "PPO step (from 1) to profile: a trace and the ten heaviest operations in output_dir/profile; 0: none."
     )
-    report_to: Literal["none", "wandb"] = setting("none", "Tracker beside the console and metrics.jsonl.")
-    wandb_project: str = setting("rlhf-ppo", "Project of the wandb run.")
+    quiet: bool = setting(False, "Print only warnings, errors and one line of the comparison before/after.")
+    report_to: list[str] = setting(
+        ["none"],
+        "Trackers beside the console and metrics.jsonl: one or more of wandb, tensorboard, trackio; or none. wandb "
+        "heeds WANDB_MODE (online, offline, disabled) and stays offline without a login.",
+    )
+    wandb_project: str = setting("rlhf-ppo", "Project of the run in wandb and Trackio.")
+    wandb_log_model: bool = setting(False, "Give the finished run's model to wandb as an artifact.")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`, each once; empty for none."""
+        return [] if self.report_to == ["none"] else list(dict.fromkeys(self.report_to))
 
     def check(self):
+        require(set(self.trackers) <= set(TRACKERS), "report_to", self.report_to,
+                 f"must be none, or one or more of {', '.join(TRACKERS)}")  # fmt: skip
+        require("wandb" in self.trackers or not self.wandb_log_model, "wandb_log_model", self.wandb_log_model,
+                 "needs wandb in report_to")  # fmt: skip
         require(self.output_dir != "", "output_dir", self.output_dir, "must name a directory")
         require(self.frontier != "", "frontier", self.frontier, "must be auto, none or a file")
         require(self.seed >= 0, "seed", self.seed, "must not be negative")

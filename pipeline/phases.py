@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ class Phases:
     def __init__(self, config: Config, device: torch.device):
         self._config, self._device = config, device
         self.seconds: dict[str, float] = defaultdict(float)
+        self.watcher: Callable[[str], None] | None = None  # told the name of each phase as it begins
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -24,6 +25,8 @@ class Phases:
         Raises:
             MemoryError: memory ran out; the message names the setting to lower.
         """
+        if self.watcher is not None:
+            self.watcher(phase)
         start = time.perf_counter()
         try:
             yield

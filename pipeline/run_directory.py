@@ -21,8 +21,9 @@ FINISHED = "finished"  # an empty file: the run has nothing left to do
 # What may change between a checkpoint and the run that goes on from it; everything else changes the training.
 FREE_TO_CHANGE = {
     "output_dir", "resume", "save_every_steps", "keep_last", "samples_every_steps", "profile", "evaluation_prompts",
-    "report_to", "wandb_project", "microbatch_size", "rollout_microbatch_size", "reward_batch_size", "shard_reference",
-    "gradient_checkpointing", "torch_compile", "frontier", "frontier_prompts", "frontier_samples",
+    "report_to", "wandb_project", "wandb_log_model", "quiet", "microbatch_size", "rollout_microbatch_size",
+    "reward_batch_size", "shard_reference", "gradient_checkpointing", "torch_compile", "frontier", "frontier_prompts",
+    "frontier_samples",
 }  # fmt: skip
 
 

@@ -98,7 +98,8 @@ def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
         if saved is not None:
             reporter.console.say(f"Going on from {start.checkpoint}, after step {trainer.finished}.")
         for warning in config_warnings(config):
-            reporter.console.say(f"warning: {warning}")
+            reporter.console.warn(warning)
+        trainer.phases.watcher = reporter.console.phase
         failure = run(trainer, checkpoints, reporter, config, data, parts)
         reporter.end(outcome(trainer, failure))
     accelerator.wait_for_everyone()
@@ -130,7 +131,7 @@ def run(
     trainer: PPOTrainer, checkpoints: Checkpoints, reporter: Reporter, config: Config, data: Data, parts: Parts
 ) -> UserError | None:
     """Train, save, evaluate. What was learned is saved also where the training fails; its error is returned then."""
-    accelerator, say = trainer.accelerator, reporter.console.say
+    accelerator, console = trainer.accelerator, reporter.console
     kept = trainer.finished or None
 
     def keep(*, now: bool = False) -> None:
@@ -140,22 +141,23 @@ def run(
         if done == kept or not (due or now):
             return
         kept = done
+        console.phase("checkpoint")
         state = {"trainer": trainer.state(), "reporter": reporter.state()}
         files = {name: config.output_dir / name for name in (CONFIG_FILE, METRICS_FILE)}
         try:
             checkpoints.save(done, state, files)
         except UserError as error:  # a full disk must not end a run that could go on
-            say(f"warning: {error}")
+            console.warn(str(error))
 
     if config.run.save_every_steps and not trainer.finished:
         keep(now=True)  # so that there is a good state to go back to from the first step on
     failure = None
     try:
-        trainer.train(reporter.step, keep, lambda problem: say(f"warning: {problem}"))
+        trainer.train(reporter.step, keep, console.warn)
     except UserError as error:
         failure = error
     if isinstance(failure, GuardError):
-        say(go_back(trainer, checkpoints))
+        console.say(go_back(trainer, checkpoints), always=True)
     elif failure is not None or trainer.stop_requested():
         good = trainer.guards.content or not config.run.save_every_steps  # else one from before the bad steps is there
         if good:
@@ -169,14 +171,15 @@ def run(
                 max_new_tokens=config.rollout.response_max_tokens,
                 temperature=config.rollout.temperature,
             )
-    say(f"The model is saved in {config.output_dir}")
+    console.say(f"The model is saved in {config.output_dir}")
     if failure is not None:
         return failure
     if trainer.stopped_by:
-        say(f"Stopped by {signal.Signals(trainer.stopped_by).name} after {trainer.finished} of {config.ppo.steps} "
-            f"steps. The same command goes on from there.")  # fmt: skip
+        console.say(f"Stopped by {signal.Signals(trainer.stopped_by).name} after {trainer.finished} of "
+                    f"{config.ppo.steps} steps. The same command goes on from there.", always=True)  # fmt: skip
         return None
     if config.run.evaluation_prompts:
+        console.phase("evaluation")
         try:
             with gathered(trainer.engine):
                 evaluation = evaluate(
@@ -186,6 +189,7 @@ def run(
             reporter.evaluation(evaluation)
         except UserError as error:
             return error
+    reporter.finished()
     if accelerator.is_main_process:
         (config.output_dir / FINISHED).touch()
     return None

@@ -2,12 +2,15 @@
 
 import json
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when it is first imported
 
 import pytest
 import torch
+from terminals import Terminal
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -141,3 +144,12 @@ samples_every_steps: 1
 """
     )
     return str(path)
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> Terminal:
+    """A terminal of 80 columns that can show everything."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    return Terminal(80, 24)

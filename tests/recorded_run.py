@@ -28,7 +28,7 @@ def recording(self, *arguments):
 def saving(policy, *arguments, **settings):
     save_policy(policy, *arguments, **settings)
     with torch.no_grad():
-        torch.save(policy.model(input_ids=PROBE).logits, RECORD / "logits.pt")
+        torch.save(policy.model(input_ids=PROBE, attention_mask=torch.ones_like(PROBE)).logits, RECORD / "logits.pt")
 
 
 def sharding(mixed_precision):

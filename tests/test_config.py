@@ -89,7 +89,9 @@ BAD_VALUES = [
     ("gae_lambda", 1.01),
     ("reward_scale", "odds"),
     ("learning_rate_schedule", "cosine"),
-    ("report_to", "tensorboard"),
+    ("report_to", ["mlflow"]),
+    ("report_to", ["none", "wandb"]),
+    ("wandb_log_model", True),  # without wandb
 ]
 
 
@@ -252,3 +254,18 @@ def test_output_goes_to_runs_and_the_name_of_the_recipe(recipe):
 def test_output_goes_where_the_run_says(recipe, where):
     text, flags = ("output_dir: here", []) if where == "recipe" else ("steps: 3", ["--output_dir", "here"])
     assert str(parse("--config", recipe(text), *flags).output_dir) == "here"
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments", "trackers"),
+    [
+        ("seed: 1", (), []),
+        ("report_to: none", (), []),
+        ("report_to: wandb", (), ["wandb"]),
+        ("report_to: [wandb, trackio]", (), ["wandb", "trackio"]),
+        ("report_to: wandb", ("--report_to", "none"), []),
+        ("seed: 1", ("--report_to", "tensorboard", "wandb", "wandb", "--seed", "3"), ["tensorboard", "wandb"]),
+    ],
+)
+def test_trackers_are_none_one_or_several(recipe, line, arguments, trackers):
+    assert parse("--config", recipe(line), *arguments).run.trackers == trackers

@@ -24,6 +24,8 @@ def recorded(directory: Path, recipe: str, processes: int, *settings: str, confi
     script = ["tests/recorded_run.py", "--config", recipe, "--output_dir", str(directory / "run"), *settings]
     done = launch(processes, [*script, "--steps", str(STEPS)], config=config, env={"RECORD_DIR": str(directory)})
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "", "a warning that nobody who runs this can act on"
+    assert done.stdout.count("trainable parameters") == 1, "rank zero alone speaks"
     return directory
 
 

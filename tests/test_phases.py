@@ -1,11 +1,11 @@
-"""What a phase says when memory runs out."""
+"""The phases of a step: who hears of them, and what one says when memory runs out."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pipeline.phases import out_of_memory
+from pipeline.phases import Phases, out_of_memory
 
 CONFIG = SimpleNamespace(
     as_dict=lambda: {"rollout_microbatch_size": 64, "reward_batch_size": 128, "microbatch_size": 32}
@@ -37,3 +37,13 @@ def test_out_of_memory_names_the_setting_to_lower(phase, remedy, error):
 def test_other_errors_are_left_alone():
     assert out_of_memory(RuntimeError("shapes do not match"), "update", CONFIG) is None
     assert out_of_memory(really_out_of_memory(), "step", CONFIG) is None
+
+
+def test_a_watcher_hears_of_each_phase_as_it_begins():
+    phases, heard = Phases(CONFIG, torch.device("cpu")), []
+    with phases.timed("sample"):
+        pass
+    phases.watcher = lambda name: heard.append((name, dict(phases.seconds)))
+    with phases.timed("step"), phases.timed("update"):
+        assert [name for name, _ in heard] == ["step", "update"]
+    assert "update" not in heard[1][1] and {"sample", "step", "update"} == set(phases.seconds)

@@ -1,6 +1,5 @@
 """A run that is cut off, however, goes on as if nothing had been."""
 
-import json
 import re
 import signal
 import sys
@@ -172,17 +171,6 @@ def test_two_runs_cannot_write_into_one_directory(start, tmp_path):
         code, said = start("run")
     assert code == 2 and "another run is writing" in said
     assert start("run")[0] == 0
-
-
-def test_a_wandb_run_goes_on_under_its_id(start, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    start("run", "--report_to", "wandb", "--keep_last", "1", stop_before=2)
-    start("run", "--report_to", "wandb", "--keep_last", "1")
-    (state,) = (tmp_path / "run" / "checkpoints").glob("*/trainer_state.json")
-    kept = json.loads(state.read_text())["reporter"]["wandb"]
-    runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert len(runs) == 2 and all(kept["id"] in run.name for run in runs)
-    assert sorted({row[0] for row in kept["samples"]}) == [1, 2, 3]
 
 
 def test_the_last_checkpoint_holds_what_was_saved(start, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from datetime import timedelta
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import OtherWorkerError, UserError
 from pipeline.runtime.engine import adopt_deepspeed
@@ -51,6 +53,9 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
             f"{launched} processes were launched, but this one sees {accelerator.num_processes}: check "
             f"distributed_type in the accelerate configuration (accelerate_configs/cpu.yaml is right for CPUs)."
         )
+    if not accelerator.is_main_process:  # what there is to warn of, rank zero says as well
+        warnings.simplefilter("ignore")
+        transformers_logging.set_verbosity_error()
     return accelerator
 
 

@@ -1,14 +1,17 @@
-"""Where rank zero writes a run's figures: `metrics.jsonl`, and wandb when asked."""
+"""Where rank zero writes a run's figures: `metrics.jsonl`, and the trackers asked for (runtime/trackers.py)."""
 
 import json
 import math
-import os
 import uuid
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
+
+from pipeline.runtime.trackers import OPEN, Run, Tracker
+
+SAMPLES = "samples"
+MOST_SAMPLES = 2000  # rows of the growing table; the oldest go
 
 
 class MetricsFile:
@@ -27,91 +30,80 @@ class MetricsFile:
         self._file.close()
 
 
-class WandbTracker:
-    """Scalars, the reward histogram and a table of samples.
-
-    Without a login it works offline instead of asking; a failure of wandb is reported once and never stops the run.
-    """
+class Trackers:
+    """The trackers of a run as one. One that fails is told of once and left out from then on; it never stops a run."""
 
     def __init__(
         self,
+        names: Iterable[str],
         *,
         project: str,
         name: str,
-        config: dict[str, object],
+        config: Mapping[str, object],
         directory: Path,
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
         state: Mapping[str, object] | None = None,
     ):
         """
         Args:
+            names: of `OPEN`.
+            directory: of the run; wandb and TensorBoard write below it.
+            say, warn: told where the run is to be seen, and of failures.
             state: what `state` gave in an earlier part of the same run, which then goes on under its id.
         """
-        self._run = None
-        self._id = None if state is None else state["id"]
-        self._samples: list[list[object]] = [] if state is None else list(state["samples"])
-        try:
-            import wandb
-
-            self._wandb = wandb
-            settings = wandb.Settings(silent=True)
-            mode = None
-            if "WANDB_MODE" not in os.environ and not _logged_in(wandb):
-                mode = "offline"
-                print(f"wandb: not logged in, so the run is kept offline under {directory / 'wandb'}; "
-                      f"`wandb login` and `wandb sync` upload it.", flush=True)  # fmt: skip
-            self._id = self._id or uuid.uuid4().hex[:8]
-            self._run = wandb.init(
-                project=project,
-                name=name,
-                id=self._id,
-                resume="allow",
-                config=config,
-                dir=str(directory),
-                mode=mode,
-                settings=settings,
-            )
-        except Exception as error:  # a tracker must not cost anyone a run
-            warnings.warn(f"wandb could not start ({error}); the run goes on without it.", stacklevel=2)
+        state = state or {"id": uuid.uuid4().hex[:8], "step": 0, "samples": []}
+        self._id, self._step, self._samples = state["id"], state["step"], list(state["samples"])
+        self._warn = warn
+        self._open: dict[str, Tracker] = {}
+        run = Run(project, name, self._id, dict(config), directory, self._step, say)
+        for tracker in names:
+            try:
+                self._open[tracker] = OPEN[tracker](run)
+            except Exception as error:  # a tracker must not cost anyone a run
+                self._failed(tracker, "could not start", error)
 
     def state(self) -> dict[str, object]:
-        """The run's id and the rows of its table."""
-        return {"id": self._id, "samples": self._samples}
+        """What goes on after the last step: the run's id and the rows of its table."""
+        return {"id": self._id, "step": self._step, "samples": self._samples}
 
-    def log(self, step: int, metrics: dict[str, float], scores: Tensor) -> None:
-        """Log a step's scalars and the histogram of its scores (N,)."""
-        self._try(lambda: self._run.log(
-            {**metrics, "reward/histogram": self._wandb.Histogram(scores.cpu().numpy())}, step=step))  # fmt: skip
+    def log(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
+        """Log a step's scalars and the distributions (N,) of some of them; steps count from 1 and only go up."""
+        self._step = step
+        arrays = {name: values.cpu().numpy() for name, values in histograms.items()}
+        self._each(lambda tracker: tracker.log(step, metrics, arrays))
 
-    def log_samples(self, step: int, rows: list[tuple[str, str, float]]) -> None:
-        """Add (prompt, response, score) rows to the growing table of samples."""
-        self._samples += [[step, *row] for row in rows]
-        columns = ["step", "prompt", "response", "score"]
-        self._try(lambda: self._run.log(
-            {"samples": self._wandb.Table(columns=columns, data=self._samples)}, step=step))  # fmt: skip
+    def samples(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Add rows to the growing table of samples, under the step that was logged last."""
+        added = [[self._step, *row] for row in rows]
+        self._samples = (self._samples + added)[-MOST_SAMPLES:]
+        columns = ["step", *columns]
+        self._each(lambda tracker: tracker.table(
+            self._step, SAMPLES, columns, self._samples if tracker.shows_last_table else added))  # fmt: skip
 
-    def log_evaluation(self, figures: dict[str, object], samples: list[list[str]]) -> None:
-        """Store the comparison before/after in the run's summary, and its samples (header first) as a table."""
-        columns = ["prompt", "before", "before score", "after", "after score"]
-        self._try(lambda: self._run.summary.update({"evaluation": figures}))
-        self._try(lambda: self._run.log({"before and after": self._wandb.Table(columns=columns, data=samples[1:])}))
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Log a table under the step that was logged last."""
+        self._each(lambda tracker: tracker.table(self._step, name, columns, rows))
 
-    def finish(self) -> None:
+    def summary(self, name: str, figures: Mapping[str, object]) -> None:
+        """Store figures (nested) of the run as a whole."""
+        self._each(lambda tracker: tracker.summary(self._step, name, figures))
+
+    def model(self, files: Sequence[Path]) -> None:
+        """Give the files of the final model to the trackers that keep such."""
+        self._each(lambda tracker: tracker.model(files))
+
+    def finish(self, *, failed: bool) -> None:
         """Close the run."""
-        self._try(lambda: self._run.finish())
+        self._each(lambda tracker: tracker.finish(failed=failed))
 
-    def _try(self, action) -> None:
-        if self._run is None:
-            return
-        try:
-            action()
-        except Exception as error:
-            self._run = None
-            warnings.warn(f"wandb failed ({error}); the run goes on without it.", stacklevel=3)
+    def _each(self, action: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._open.items()):
+            try:
+                action(tracker)
+            except Exception as error:
+                del self._open[name]
+                self._failed(name, "failed", error)
 
-
-def _logged_in(wandb) -> bool:
-    """Whether there are credentials, without ever asking for them."""
-    try:
-        return bool(wandb.login(prompt=False))
-    except Exception:
-        return False
+    def _failed(self, name: str, how: str, error: Exception) -> None:
+        self._warn(f"{name} {how} ({error}); the run goes on without it.")
