@@ -55,7 +55,7 @@ def test_what_trains_starts_with_settings_that_are_known(command):
     after = words[next(i for i, word in enumerate(words) if word.endswith("launch.sh")) + 1 :]
     if after[:1] in (["test"], ["setup"]):
         return  # this suite, and what it runs in
-    told = subprocess.run(["./launch.sh", "--dry-run", *after], cwd=ROOT, env=user_environment(), capture_output=True,
+    told = subprocess.run(["./launch.sh", *after, "--dry-run"], cwd=ROOT, env=user_environment(), capture_output=True,
                           text=True, timeout=60)  # fmt: skip
     assert told.returncode == 0, told.stderr
     started = shlex.split(told.stdout)
