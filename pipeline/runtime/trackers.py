@@ -22,7 +22,8 @@ class Run:
     id: str  # the same when the run goes on
     config: dict[str, object]
     directory: Path
-    step: int  # logged before, 0 at the beginning
+    resumed: bool
+    step: int  # the last one logged before, if any
     say: Callable[[str], None]
 
 
@@ -113,7 +114,7 @@ class TensorBoard(Tracker):
         run.say(f"tensorboard: `tensorboard --logdir {directory}` shows the run.")
         # What a run that was cut off logged after its last checkpoint comes again, and is hidden.
         super().__init__(TensorBoardTracker("", directory, purge_step=run.step + 1))
-        if not run.step:
+        if not run.resumed:
             plain = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in run.config.items()}
             self._tracker.store_init_configuration(plain)
 
@@ -137,10 +138,10 @@ class Trackio(Tracker):
         self._trackio = trackio
         run.say(f"trackio: `trackio show --project {run.project}` shows the run.")
         name = f"{run.name}-{run.id}"  # Trackio knows a run that goes on by its name
-        stored = trackio.SQLiteStorage.get_max_step_for_run(run.project, name) if run.step else None
+        stored = trackio.SQLiteStorage.get_max_step_for_run(run.project, name) if run.resumed else None
         self._stored = stored or 0
         with redirect_stdout(StringIO()):  # it talks
-            resume = "allow" if run.step else "never"
+            resume = "allow" if run.resumed else "never"
             super().__init__(TrackioTracker(run.project, name=name, config=run.config, resume=resume, embed=False))
 
     def log(self, step, metrics, histograms):

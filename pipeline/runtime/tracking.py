@@ -52,11 +52,11 @@ class Trackers:
             say, warn: told where the run is to be seen, and of failures.
             state: what `state` gave in an earlier part of the same run, which then goes on under its id.
         """
-        state = state or {"id": uuid.uuid4().hex[:8], "step": 0, "samples": []}
+        resumed, state = state is not None, state or {"id": uuid.uuid4().hex[:8], "step": 0, "samples": []}
         self._id, self._step, self._samples = state["id"], state["step"], list(state["samples"])
         self._warn = warn
         self._open: dict[str, Tracker] = {}
-        run = Run(project, name, self._id, dict(config), directory, self._step, say)
+        run = Run(project, name, self._id, dict(config), directory, resumed, self._step, say)
         for tracker in names:
             try:
                 self._open[tracker] = OPEN[tracker](run)

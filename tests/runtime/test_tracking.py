@@ -207,7 +207,7 @@ def test_trackio_stored_each_step_once_in_one_run(tracked):
     assert figures["evaluation/kl"] == json.loads((tracked[0] / "evaluation.json").read_text())["kl"]
 
 
-def trackers(names: list[str], directory: Path, said: list[str], warned: list[str]) -> Trackers:
+def trackers(names: list[str], directory: Path, said: list[str], warned: list[str], state=None) -> Trackers:
     return Trackers(
         names,
         project="a-project",
@@ -216,6 +216,7 @@ def trackers(names: list[str], directory: Path, said: list[str], warned: list[st
         directory=directory,
         say=said.append,
         warn=warned.append,
+        state=state,
     )
 
 
@@ -237,6 +238,18 @@ def test_a_user_hears_once_where_the_run_is_kept(tmp_path, capfd):
         f"tensorboard: `tensorboard --logdir {tmp_path / 'tensorboard'}` shows the run.",
         "trackio: `trackio show --project a-project` shows the run.",
     ]
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_is_still_one_run(tmp_path):
+    names, warned = ["tensorboard", "trackio"], []
+    first = trackers(names, tmp_path, [], warned)
+    state = first.state()
+    log_all(first)
+    log_all(trackers(names, tmp_path, [], warned, state))
+    assert warned == [] and len(list(tmp_path.glob("tensorboard/*/hparams.yml"))) == 1
+    (run,) = [run for run in trackio.Api().runs("a-project") if run.name == f"a run-{state['id']}"]
+    logs = trackio.SQLiteStorage.get_logs("a-project", run.name, run_id=run.id)
+    assert [row["step"] for row in logs if "reward/mean" in row] == [1, 2]
 
 
 @pytest.mark.usefixtures("no_login")
