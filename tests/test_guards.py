@@ -4,6 +4,7 @@ import json
 import math
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,13 +132,13 @@ def test_two_workers_go_back_together(tmp_path, tiny_recipe, tiny_lm, config):
 
 def test_what_was_learned_before_the_first_bad_step_is_kept(train, tmp_path, monkeypatch):
     # The reference moves away at the fifth step, which no checkpoint may see.
-    reference_logprobs = PPOTrainer.reference_logprobs
+    read = PPOTrainer.read
 
     def moved(self, responses):
-        away = 10.0 if self.finished >= 4 else 0.0
-        return reference_logprobs(self, responses) - away
+        reading = read(self, responses)
+        return replace(reading, logprobs=reading.logprobs - (10.0 if self.finished >= 4 else 0.0))
 
-    monkeypatch.setattr(PPOTrainer, "reference_logprobs", moved)
+    monkeypatch.setattr(PPOTrainer, "read", moved)
     code, said = train("--save_every_steps", "2")
     assert code == GUARD_STOPPED and "KL from the reference is" in said and "after step 4" in said
     whole = newest_whole(tmp_path / "run" / CHECKPOINTS, print)
@@ -148,17 +149,18 @@ def test_what_was_learned_before_the_first_bad_step_is_kept(train, tmp_path, mon
 
 
 def test_a_signal_between_bad_steps_leaves_the_checkpoint_from_before_them(train, tmp_path, monkeypatch):
-    reference_logprobs, draw_prompts = PPOTrainer.reference_logprobs, PPOTrainer.draw_prompts
+    read, draw_prompts = PPOTrainer.read, PPOTrainer.draw_prompts
 
     def moved(self, responses):
-        return reference_logprobs(self, responses) - (10.0 if self.finished >= 4 else 0.0)
+        reading = read(self, responses)
+        return replace(reading, logprobs=reading.logprobs - (10.0 if self.finished >= 4 else 0.0))
 
     def interrupted(self, step):
         if step == 5:
             signal.raise_signal(signal.SIGTERM)
         return draw_prompts(self, step)
 
-    monkeypatch.setattr(PPOTrainer, "reference_logprobs", moved)
+    monkeypatch.setattr(PPOTrainer, "read", moved)
     monkeypatch.setattr(PPOTrainer, "draw_prompts", interrupted)
     code, _ = train("--save_every_steps", "2")
     assert code == 128 + signal.SIGTERM and len(metrics(tmp_path / "run")) == 6
