@@ -10,10 +10,12 @@ from pipeline.chatting import Chat, Continuation, Sides
 from pipeline.errors import UserError
 
 OPENINGS = ["This movie", "I watched it because", "The story is", "My wife and I", "The worst thing about"]
+WAITING = "Waiting for the models: they continue one opening at a time."
 LONGEST = 256  # tokens, where the model's context allows as many
 
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+#results, #results > * { padding: 0 !important; }
 .pairs { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; }
 .cell { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px;
         background: var(--block-background-fill); overflow-wrap: anywhere; }
@@ -50,7 +52,7 @@ def make_page(chat: Chat, run: Path) -> gr.Blocks:
             ):
                 yield pairs(opening.rstrip(), sides), turn + 1
         except UserError as error:
-            yield f'<p class="message" role="alert">{html.escape(str(error))}</p>', turn
+            yield message(str(error)), turn
 
     with gr.Blocks(title=f"Chat with {run}", analytics_enabled=False) as page:
         gr.Markdown(
@@ -71,16 +73,22 @@ def make_page(chat: Chat, run: Path) -> gr.Blocks:
         button = gr.Button("Continue", variant="primary", elem_id="continue")
         results = gr.HTML(elem_id="results", padding=False)
         turn = gr.State(0)
-        gr.on(
-            [button.click, opening.submit],
+        asked = gr.on([button.click, opening.submit], lambda: message(WAITING), outputs=results, queue=False,
+                      show_progress="hidden", api_visibility="private")  # fmt: skip
+        asked.then(
             respond,
             [opening, temperature, tokens, samples, turn],
             [results, turn],
             concurrency_limit=1,
-            show_progress="minimal",
+            show_progress="hidden",
             api_name="continue",
         )
     return page
+
+
+def message(text: str) -> str:
+    """What is said where the continuations would be."""
+    return f'<p class="message" role="status">{html.escape(text)}</p>'
 
 
 def pairs(opening: str, sides: Sides) -> str:

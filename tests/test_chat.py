@@ -180,6 +180,15 @@ def opened(browser, address: str) -> tuple[Page, list[str], list[str]]:
     return page, asked, complaints
 
 
+def watch_results(page: Page) -> None:
+    """From now on keep every text of the results in `window.seen`."""
+    page.evaluate(
+        "() => { window.seen = []; new MutationObserver(() => "
+        "window.seen.push(document.querySelector('#results')?.textContent ?? ''))"
+        ".observe(document.body, {childList: true, subtree: true, characterData: true}); }"
+    )
+
+
 def ask(page: Page, opening: str) -> None:
     page.get_by_label("Opening").fill(opening)
     page.get_by_role("button", name="Continue").click()
@@ -190,10 +199,11 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x1f]", "", text)
 
 
-def test_the_page_continues_an_opening_on_both_sides_with_scores_and_kl_and_loads_nothing_else(browser, address, chat):
+def test_the_page_continues_an_opening_on_both_sides_with_scores_and_kl_and_loads_nothing_else(address, browser, chat):
     page, asked, complaints = opened(browser, address)
     page.get_by_label("Samples").first.fill("2")
     other, *_ = opened(browser, address)  # two at once: one waits for the other
+    watch_results(other)
     ask(page, "the film")
     ask(other, "a good story")
     for where in (page, other):
@@ -209,11 +219,13 @@ def test_the_page_continues_an_opening_on_both_sides_with_scores_and_kl_and_load
     alone = continued(chat, "a good story", samples=1)[-1]
     assert printable(other.locator("article.tuned p").text_content()) == printable(f"a good story{alone.tuned[0].text}")
     assert other.locator(".means").count() == 0
+    assert any("they continue one opening at a time" in text for text in other.evaluate("window.seen"))
+    assert any("a good story" in text and "KL" not in text for text in other.evaluate("window.seen"))  # as it grew
     assert len(asked) > 10 and all(re.match(f"{address}|data:|blob:", url) for url in asked), asked
     assert complaints == []
 
 
-def test_the_page_says_what_is_wrong_with_an_opening(browser, address):
+def test_the_page_says_what_is_wrong_with_an_opening(address, browser):
     page, *_ = opened(browser, address)
     ask(page, "")
     page.get_by_text("Type the beginning of a text first").wait_for()
