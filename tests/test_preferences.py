@@ -18,7 +18,7 @@ from pipeline.data.sources import DataError
 from pipeline.errors import UserError
 from pipeline.intervals import rank_agreement, rank_figures, wilson_interval
 from pipeline.judging import KEY_COLUMNS, SHEET_COLUMNS, key_path, read_marks, write_judge_file
-from pipeline.preferences import Readings, preference_figures, preferences_table, preferred, tokenized
+from pipeline.preferences import Readings, preference_figures, preferences_table, preferred, read_once, tokenized
 from pipeline.rewards.sentiment import SentimentReward
 
 # Figures from numbers.
@@ -73,6 +73,11 @@ def test_wilsons_interval_is_scipys(wins, total):
 
 def test_of_a_pair_the_larger_wins_and_equal_ones_count_half():
     assert preferred(np.array([[2, 1], [1, 2], [3, 3]])).tolist() == [1, 0, 0.5]
+
+
+def test_equal_items_are_read_once_and_get_one_value():
+    values = read_once(["a", "b", "a"], lambda items: torch.arange(2.0 * len(items)).view(2, -1))
+    assert values.tolist() == [[0, 1, 0], [2, 3, 2]]
 
 
 def readings(scores, tuned, original, lengths) -> Readings:
