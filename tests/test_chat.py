@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from chromium import start
 from launching import ROOT, run_here
 from playwright.sync_api import Page, sync_playwright
 
@@ -21,9 +22,6 @@ from pipeline.models.loading import load_causal_lm
 from pipeline.rewards.sentiment import SentimentReward
 from pipeline.rollout.decoding import decode
 from pipeline.rollout.sampling import SamplingOptions, sampling_noise
-
-CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +163,7 @@ def address(run):
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM)
+        browser = start(playwright)
         yield browser
         browser.close()
 
