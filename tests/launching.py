@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -46,6 +47,11 @@ def run_here(main: Callable[[], None], *arguments: object) -> int:
         except SystemExit as stopped:
             return stopped.code
     return 0
+
+
+def interruptible() -> None:
+    """For a child about to start: SIGINT ends it, also where a shell runs the tests in the background, deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def user_environment(**more: str) -> dict[str, str]:

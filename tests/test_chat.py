@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from chromium import start
-from launching import ROOT, run_here
+from launching import ROOT, interruptible, run_here
 from playwright.sync_api import Page, sync_playwright
 
 from pipeline import train
@@ -149,7 +149,13 @@ def address(run):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pipeline.chat", str(run), "--port", str(port)]
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=interruptible,
     ) as server:
         line = server.stdout.readline()
         try:
@@ -157,7 +163,11 @@ def address(run):
             yield f"http://127.0.0.1:{port}/"
         finally:
             server.send_signal(signal.SIGINT)
-            assert "Traceback" not in server.communicate(timeout=30)[0]
+            try:
+                said, _ = server.communicate(timeout=30)
+            finally:
+                server.kill()  # or a server that does not end would be waited for
+            assert "Traceback" not in said
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, run_here, user_environment
+from launching import ROOT, interruptible, run_here, user_environment
 
 from pipeline import train
 from pipeline.assembly import parse_config
@@ -104,12 +104,15 @@ def test_what_does_not_train_runs(command, place):
     arguments = [found for a in arguments for found in (sorted(map(str, place.glob(a))) if "*" in a else [a])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=place, env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=interruptible)  # fmt: skip
     if module == "pipeline.chat":
         lines = iter(process.stdout.readline, "")
         assert any("Chat with" in line for line in lines)
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
+        try:
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
         return
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
