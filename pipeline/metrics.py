@@ -1,5 +1,6 @@
 """The figures of one PPO step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,3 +59,29 @@ def step_metrics(rollout: Rollout, advantages: Advantages, eos_token_id: int) ->
         "response/eos_fraction": (last == eos_token_id).float().mean(),
     }
     return dict(zip(figures, torch.stack([v.float() for v in figures.values()]).tolist(), strict=True))
+
+
+def part_metrics(rollout: Rollout, names: Sequence[str]) -> dict[str, float]:
+    """Means of the reward's components, before and after weighting."""
+    figures = {}
+    for i, name in enumerate(names):
+        figures[f"reward/{name}/raw_mean"] = rollout.parts[:, i].mean().item()
+        figures[f"reward/{name}/weighted_mean"] = rollout.weighted[:, i].mean().item()
+    return figures
+
+
+def step_report(
+    step: int,
+    metrics: dict[str, float],
+    rollout: Rollout,
+    names: Sequence[str],
+    prompts: Sequence[str],
+    responses: Sequence[str],
+) -> StepReport:
+    """A step's figures; `prompts` and `responses` are the first samples' texts, `names` the reward's components."""
+    some = rollout.take(slice(0, len(responses)))
+    kl = kl_estimate(some.logprobs, some.ref_logprobs, "k1").sum(1).tolist()
+    parts = [dict(zip(names, row, strict=True)) for row in some.parts.tolist()]
+    rows = zip(prompts, responses, some.scores.tolist(), parts, kl, strict=True)
+    all_parts = dict(zip(names, rollout.parts.unbind(1), strict=True))
+    return StepReport(step, metrics, rollout.scores, all_parts, [Sample(*row) for row in rows])

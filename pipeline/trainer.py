@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
 from pipeline.guards import Guards
-from pipeline.metrics import Sample, StepReport, step_metrics
+from pipeline.metrics import StepReport, part_metrics, step_metrics, step_report
 from pipeline.models.forward import output_head
 from pipeline.models.loading import first_token_id
 from pipeline.models.packing import pack
@@ -40,6 +40,8 @@ from pipeline.runtime.overlap import alongside
 from pipeline.runtime.profiling import profiled
 from pipeline.runtime.signals import StopRequest
 from pipeline.update import UpdateStats, first_epoch_outputs, learning_rate_at, update_policy
+
+SAMPLES_SHOWN = 2  # of a step
 
 
 class PPOTrainer:
@@ -295,46 +297,27 @@ class PPOTrainer:
 
     def metrics(self, step: int, rollout: Rollout, advantages: Advantages, stats: UpdateStats) -> dict[str, float]:
         """All figures of a step under their public names."""
-        return (
-            step_metrics(rollout, advantages, self.tokenizer.eos_token_id)
-            | self._part_metrics(rollout)
-            | {
-                "step": step + 1,
-                "episodes": (step + 1) * len(rollout),
-                "kl/coef": self.kl_coef,
-                "ppo/learning_rate": learning_rate_at(step, self.config.ppo),
-                **{f"ppo/{name}": value for name, value in vars(stats).items() if name != "applied"},
-                "ppo/optimizer_steps": sum(stats.applied),
-                "ppo/skipped_steps": len(stats.applied) - sum(stats.applied),
-                **{f"time/{name}_seconds": seconds for name, seconds in self.phases.seconds.items()},
-                "memory/peak_gigabytes": peak_memory_gigabytes(self.accelerator.device),
-                "throughput/samples_per_second": len(rollout) / self.phases.seconds["step"],
-                "throughput/tokens_per_second": rollout.response_mask.sum().item() / self.phases.seconds["step"],
-            }
-        )
+        return {
+            **step_metrics(rollout, advantages, self.tokenizer.eos_token_id),
+            **(part_metrics(rollout, self.reward.names) if self.reward.is_sum else {}),
+            "step": step + 1,
+            "episodes": (step + 1) * len(rollout),
+            "kl/coef": self.kl_coef,
+            "ppo/learning_rate": learning_rate_at(step, self.config.ppo),
+            **{f"ppo/{name}": value for name, value in vars(stats).items() if name != "applied"},
+            "ppo/optimizer_steps": sum(stats.applied),
+            "ppo/skipped_steps": len(stats.applied) - sum(stats.applied),
+            **{f"time/{name}_seconds": seconds for name, seconds in self.phases.seconds.items()},
+            "memory/peak_gigabytes": peak_memory_gigabytes(self.accelerator.device),
+            "throughput/samples_per_second": len(rollout) / self.phases.seconds["step"],
+            "throughput/tokens_per_second": rollout.response_mask.sum().item() / self.phases.seconds["step"],
+        }
 
-    def report(
-        self, step: int, metrics: dict[str, float], rollout: Rollout, prompts: PromptBatch, shown: int = 2
-    ) -> StepReport:
-        """A step's figures with the first `shown` responses of the batch."""
-        some = rollout.take(slice(0, shown))
-        names = self.reward.names
-        responses = response_texts(some, prompts.text[:shown], self.tokenizer)
-        kl = kl_estimate(some.logprobs, some.ref_logprobs, "k1").sum(1).tolist()
-        parts = [dict(zip(names, row, strict=True)) for row in some.parts.tolist()]
-        rows = zip(prompts.text[:shown], responses, some.scores.tolist(), parts, kl, strict=True)
-        all_parts = dict(zip(names, rollout.parts.unbind(1), strict=True))
-        return StepReport(step + 1, metrics, rollout.scores, all_parts, [Sample(*row) for row in rows])
-
-    def _part_metrics(self, rollout: Rollout) -> dict[str, float]:
-        """Means of the components before and after weighting, where there is more than one score to tell of."""
-        if not self.reward.is_sum:
-            return {}
-        figures = {}
-        for i, name in enumerate(self.reward.names):
-            figures[f"reward/{name}/raw_mean"] = rollout.parts[:, i].mean().item()
-            figures[f"reward/{name}/weighted_mean"] = rollout.weighted[:, i].mean().item()
-        return figures
+    def report(self, step: int, metrics: dict[str, float], rollout: Rollout, prompts: PromptBatch) -> StepReport:
+        """A step's figures with the first responses of the batch."""
+        texts = prompts.text[:SAMPLES_SHOWN]
+        responses = response_texts(rollout.take(slice(0, SAMPLES_SHOWN)), texts, self.tokenizer)
+        return step_report(step + 1, metrics, rollout, self.reward.names, texts, responses)
 
     def _profiled(self, step: int) -> AbstractContextManager[None]:
         if step != self.config.run.profile or not self.accelerator.is_main_process:
