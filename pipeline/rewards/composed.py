@@ -75,6 +75,7 @@ class ComposedReward:
         for c in self.components:
             if c.of_texts:
                 checked_scores(c.of_texts, prompts, responses)
+            if hasattr(c.of_texts, "measures"):
                 checked_measures(c.of_texts, prompts, responses)
 
     def raw(self, text_scores: dict[str, Tensor], reading: Reading | None) -> Tensor:
