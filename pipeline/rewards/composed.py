@@ -106,8 +106,10 @@ class ComposedReward:
             if c.of_reading:
                 raw[c.name] = figures[c.name] = checked(c.name, c.of_reading(reading), len(reading.mask))
             elif c.name == SENTIMENT or len(self.components) == 1:
-                scales = checked_measures(c.of_texts, prompts, responses)
-                raw[c.name] = scales[_scale(c.of_texts)]
+                scales, own = checked_measures(c.of_texts, prompts, responses), _scale(c.of_texts)
+                if own not in scales:  # measures beside the score
+                    scales = {own: checked_scores(c.of_texts, prompts, responses), **scales}
+                raw[c.name] = scales[own]
                 figures |= scales
             else:
                 raw[c.name] = figures[c.name] = checked_scores(c.of_texts, prompts, responses)

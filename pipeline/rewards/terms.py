@@ -14,6 +14,7 @@ BUILT_IN = {
     "repetition": r"(:[1-9])?",
     "length": r":\d+-\d+",
 }  # name -> the form of what may follow it
+TAKEN = {"reward", "score", "logit", "probability", "log_odds"}  # what evaluations call other figures
 FORMS = (
     "sentiment, fluency, coherence, repetition, repetition:N, length:MIN-MAX, classifier:PATH:LABEL, "
     "package.module:function or http://…, each with =WEIGHT where it is not 1"
@@ -57,7 +58,7 @@ def parse_terms(reward: Sequence[str]) -> list[Term]:
             raise RewardError(f"reward: {source!r} stands there twice.")
         term = Term(source, weight, "")
         _check_form(term)
-        terms.append(Term(source, weight, _free_name(_short_name(term), {other.name for other in terms})))
+        terms.append(Term(source, weight, _free_name(_short_name(term), TAKEN | {other.name for other in terms})))
     if not terms:
         raise RewardError(f"reward is empty; give one or more of {FORMS}.")
     return terms

@@ -123,6 +123,20 @@ def test_a_reward_of_one_component_is_judged_by_its_own_scale(component, whiteni
     assert reward.measure == measure
 
 
+def test_measures_beside_the_score_leave_the_score_what_is_judged():
+    class Counts:
+        def measures(self, prompts, responses):
+            return {"words": words(prompts, responses)}
+
+        def __call__(self, prompts, responses):
+            return [float(len(response)) for response in responses]
+
+    reward = ComposedReward([Component("counts", 1.0, Counts())])
+    measures = reward.measures([""], ["a bc"], None)
+    assert {name: values.tolist() for name, values in measures.items()} == {"score": [4.0], "words": [2.0]}
+    assert reward.measure == "score"
+
+
 def test_a_component_that_is_no_number_is_named():
     nan = Reading(MASK, READING.logprobs * math.nan, None)
     with pytest.raises(RewardError, match="the reward fluency returned nan for response 0"):

@@ -34,8 +34,12 @@ def test_paths_and_addresses_keep_their_colons_and_equal_signs():
 
 
 def test_components_of_one_name_are_told_apart():
-    names = [t.name for t in parse_terms(["a:score", "b:score", "c:score", "length:1-2", "length:3-4"])]
-    assert names == ["score", "score_2", "score_3", "length", "length_2"]
+    names = [t.name for t in parse_terms(["a:calm", "b:calm", "c:calm", "length:1-2", "length:3-4"])]
+    assert names == ["calm", "calm_2", "calm_3", "length", "length_2"]
+
+
+def test_no_component_is_called_what_the_evaluation_calls_something_else():
+    assert [t.name for t in parse_terms(["mine:reward", "mine:probability"])] == ["reward_2", "probability_2"]
 
 
 @pytest.mark.parametrize(
