@@ -8,11 +8,11 @@ prompts are cut with the shipped tokenizer. Prints seconds a step and the peak m
 benchmarks/results/full_size_<recipe>.json with the hardware.
 """
 
+import argparse
 import json
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,8 +22,11 @@ from benchmarks.real_size import PARAMETERS, ROOT, save_gpt2
 
 
 def main() -> None:
-    arguments = sys.argv[1:] if sys.argv[1:] else ["recipes/gpt2_imdb.yaml"]
-    recipe, options = Path(arguments[0]), arguments[1:]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", type=Path, nargs="?", default=Path("recipes/gpt2_imdb.yaml"))
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="Of launch.sh or the run.")
+    arguments = parser.parse_args()
+    recipe, options = arguments.recipe, arguments.options
     with tempfile.TemporaryDirectory() as folder:
         model, run = save_gpt2(Path(folder) / "gpt2"), Path(folder) / "run"
         command = ["./launch.sh", str(recipe), "--config", "single_gpu", "--steps", "3", "--evaluation_prompts", "0"]

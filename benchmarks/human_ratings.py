@@ -10,6 +10,7 @@ shipped classifier was trained on, and only the others tell how it judges new on
 agrees with the mean of the others'.
 """
 
+import argparse
 import ast
 import hashlib
 import html
@@ -91,10 +92,9 @@ def one_against_the_others(rows: list[dict[str, object]]) -> dict[str, object]:
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__)
-        return
-    run = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="A finished run, whose reward is asked.")
+    run = parser.parse_args().run
     PLACE.mkdir(parents=True, exist_ok=True)
     every = snippets(fetch())
     figures = {}

@@ -8,11 +8,11 @@ a step by themselves: gathering the rollout batch, summing the gradients. Writes
 benchmarks/results/scaling.json; benchmarks/scaling.md derives from it what GPUs may expect.
 """
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -132,7 +132,9 @@ def print_expectations() -> None:
 
 
 def main() -> None:
-    if "--expect" in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--expect", action="store_true", help="Measure nothing; print what GPUs may expect.")
+    if parser.parse_args().expect:
         print_expectations()
         return
     result = {"rollout_bytes": ROLLOUT_BYTES, "cores": os.cpu_count(), "torch": torch.__version__, "processes": {}}

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
-from pipeline.frontiers import Frontier, overspend
+from pipeline.frontiers import Frontier, overspend, overspend_cell
 from pipeline.intervals import bootstrap_interval
 from pipeline.models.card import markdown_table
 from pipeline.models.loading import first_token_id
@@ -267,12 +267,12 @@ def _frontier_rows(frontier: dict[str, object] | None) -> list[list[str]]:
         return []
     if "beyond" in frontier:
         return [["KL overspend", "", frontier["beyond"]]]
-    rows = []
-    labels = {"kl_needed": "least KL for that reward, nats", "kl_overspend": "KL overspend (1 is perfect)"}
-    for name, label in labels.items():
-        low, high = frontier[f"{name}_ci95"]
-        rows.append([label, "", f"{frontier[name]:.2f} ({low:.2f} to {high:.2f})"])
-    return rows
+    low, high = frontier["kl_needed_ci95"]
+    spent, least, most = map(overspend_cell, (frontier["kl_overspend"], *frontier["kl_overspend_ci95"]))
+    return [
+        ["least KL for that reward, nats", "", f"{frontier['kl_needed']:.2f} ({low:.2f} to {high:.2f})"],
+        ["KL overspend (1 is perfect)", "", f"{spent} ({least} to {most})"],
+    ]
 
 
 def samples_table(evaluation: Evaluation, count: int) -> list[list[str]]:

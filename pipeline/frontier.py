@@ -18,7 +18,8 @@ from pipeline.assembly import (
 )
 from pipeline.config import ConfigError
 from pipeline.errors import end_worker, user_errors, worker_faults
-from pipeline.frontiers import DIRECTORIES, Frontier, estimate_frontier
+from pipeline.frontier_samples import estimate_frontier
+from pipeline.frontiers import DIRECTORIES, Frontier
 from pipeline.models.building import build_policy_and_reference
 from pipeline.runtime.console import Console
 from pipeline.runtime.distributed import all_or_none, make_accelerator

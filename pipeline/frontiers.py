@@ -1,6 +1,7 @@
 """The best reward at each KL, for a recipe's reference, reward and prompts; and how far from it a run ended.
 
-The optimum's estimate is `ppo/optimum.py`'s; here are the samples it is made of, its intervals, and its file.
+The optimum's estimate is `ppo/optimum.py`'s, its samples are drawn in `frontier_samples.py`; here are its intervals and
+its file.
 """
 
 import hashlib
@@ -11,34 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Config, ConfigError
-from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
-from pipeline.models.loading import REFERENCE_ADAPTER, first_token_id
+from pipeline.models.loading import REFERENCE_ADAPTER
 from pipeline.models.policy import Reference
-from pipeline.ppo.optimum import kl_at, optimum
-from pipeline.rewards.composed import ComposedReward
-from pipeline.rewards.reading import read
-from pipeline.rollout.rollout import response_texts, sample_responses
-from pipeline.rollout.sampling import sampling_noise, sampling_options
-from pipeline.runtime.distributed import all_or_none, share
-from pipeline.runtime.engine import autocast
+from pipeline.ppo.optimum import kl_at
 
 SEED = 20261  # of the samples; not the evaluation's, whose own noise is not to be judged by itself
-PRICES = 60  # points of the curve
 # A point is trusted with as many effective samples after so many of the prompts; log Z is then too low by about half
 # their inverse, in nats.
 ENOUGH_SAMPLES, TRUSTED_SHARE = 7.0, 0.9
-SPARE = 1.2  # how many more are aimed at
-STAGES = 4  # of the sampling: after each it is seen where samples are missing
 RESAMPLES = 2000
-DIRECTORIES = (
-    Path("runs/frontiers"),
-    Path("assets/frontiers"),
-)  # a recipe's own: made here, shipped
+DIRECTORIES = (Path("runs/frontiers"), Path("assets/frontiers"))  # a recipe's own: made here, shipped
 
 # What a frontier is the frontier of.
 SETTINGS = (
@@ -172,117 +157,6 @@ def check_belongs(frontier: Frontier, identity: dict[str, object], path: str) ->
         )
 
 
-def estimate_frontier(
-    accelerator: Accelerator,
-    reference: Reference,
-    reward: ComposedReward,
-    tokenizer: PreTrainedTokenizerBase,
-    held_out: Openings,
-    config: Config,
-) -> Frontier:
-    """Sample the reference for held-out prompts, each worker its share of the samples; the same result on all.
-
-    Raises:
-        RewardError: the reward broke its contract on some response.
-    """
-    count = min(config.run.frontier_prompts, len(held_out))
-    prompts = prompt_batch(
-        held_out, tokenizer, step=0, batch_size=count, min_tokens=config.data.prompt_min_tokens,
-        max_tokens=config.data.prompt_max_tokens, pad_token_id=tokenizer.pad_token_id, seed=SEED,
-    )  # fmt: skip
-    workers = accelerator.num_processes
-    rounds = max(1, round(config.run.frontier_samples / (STAGES * workers))) * workers  # in each stage
-
-    def sampled(plan: np.ndarray, first: int) -> Tensor:
-        """Scores (rounds, n) of a response to each prompt of `plan` (rounds, n), shared out over the workers."""
-        mine = share(accelerator, len(plan))
-        scores = torch.stack(
-            [
-                _scores(accelerator, reference, reward, tokenizer, prompts.take(plan[number]), config, first + number)
-                for number in range(len(plan))[mine]
-            ]
-        )
-        scores = accelerator.gather(scores.to(accelerator.device)) if workers > 1 else scores
-        return scores.cpu().double()
-
-    plans, scores = [np.tile(np.arange(count), (rounds, 1))], []
-    for stage in range(STAGES):
-        scores.append(sampled(plans[-1], stage * rounds))
-        by_prompt = _by_prompt(torch.cat(scores).flatten(), np.concatenate(plans).ravel(), count)
-        if stage == 0:
-            spread = float((by_prompt - by_prompt.mean(1, keepdim=True)).square().mean().sqrt()) or 1.0
-            prices = spread * torch.logspace(1, -2, PRICES, dtype=torch.float64)  # from hardly any KL to one sample's
-        best = optimum(by_prompt, prices)
-        taken = (~by_prompt.isnan()).sum(1).numpy()
-        plans.append(more_samples(best.effective_samples.numpy(), taken, rounds * count).reshape(rounds, count))
-    arrays = (prices, best.reward.T, best.kl.T, best.effective_samples.T)
-    return Frontier(*(x.numpy() for x in arrays), STAGES * rounds, identity_of(config, reference))
-
-
-def more_samples(effective_samples: np.ndarray, taken: np.ndarray, extra: int) -> np.ndarray:
-    """Which prompts get `extra` further samples (extra,): prompt numbers, in order.
-
-    The lower the price of KL, the fewer samples of the reference resemble the optimum's, and much fewer after some
-    openings than after others. Samples go where they are missing for the lowest price that can be had for all but the
-    hardest tenth of the prompts, which get no more than the others.
-
-    Args:
-        effective_samples: (B, n) of the samples so far, falling along B.
-        taken: (n,) samples so far.
-    """
-    given = np.zeros(len(taken), dtype=np.int64)
-    for effective in effective_samples:
-        whole = np.ceil(taken * SPARE * ENOUGH_SAMPLES / effective)
-        whole = np.minimum(whole, np.quantile(whole, TRUSTED_SHARE, method="lower"))
-        wanted = np.maximum(whole - taken, 0).astype(np.int64)
-        if wanted.sum() > extra:
-            break
-        given = wanted
-    left = extra - given.sum()
-    given += left // len(taken)
-    given[: left % len(taken)] += 1
-    return np.repeat(np.arange(len(taken)), given)
-
-
-def _by_prompt(scores: Tensor, prompts: np.ndarray, count: int) -> Tensor:
-    """Scores (K,) of the prompts with these numbers (K,), a row a prompt: (count, the most of any), else NaN."""
-    rows = [scores[torch.from_numpy(prompts == i)] for i in range(count)]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
-
-
-def _scores(
-    accelerator: Accelerator,
-    reference: Reference,
-    reward: ComposedReward,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: PromptBatch,
-    config: Config,
-    number: int,
-) -> Tensor:
-    """Scores (n,) of one response of the reference to each prompt."""
-    rollout = config.rollout
-    uniforms, lengths = sampling_noise(
-        SEED, number, len(prompts), rollout.response_min_tokens, rollout.response_max_tokens
-    )
-    with reference.activated() as model, autocast(accelerator):
-        responses, _ = sample_responses(
-            model, prompts, uniforms, lengths, microbatch_size=rollout.rollout_microbatch_size,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, options=sampling_options(rollout),
-        )  # fmt: skip
-        reading = None
-        if reward.reads:
-            reading = read(
-                reference, responses, unprompted=reward.unprompted, first_token_id=first_token_id(tokenizer),
-                temperature=rollout.temperature, microbatch_size=rollout.rollout_microbatch_size,
-            )  # fmt: skip
-        texts = response_texts(responses, prompts.text, tokenizer)
-
-        def score() -> Tensor:
-            return reward.weighted(reward.raw(reward.text_scores(prompts.text, texts), reading)).sum(1)
-
-        return all_or_none(accelerator, score)
-
-
 def overspend(frontier: Frontier, scores: np.ndarray, kls: np.ndarray) -> dict[str, object]:
     """How much more KL a policy spent than the optimum with its reward needs; 1 is perfect.
 
@@ -309,6 +183,11 @@ def overspend(frontier: Frontier, scores: np.ndarray, kls: np.ndarray) -> dict[s
         "kl_overspend": float(kls.mean() / max(needed, 1e-6)),
         "kl_overspend_ci95": [float(x) for x in np.nanquantile(ratios, [0.025, 0.975])],
     }
+
+
+def overspend_cell(value: float) -> str:
+    """An overspend in words; it has no bound where hardly any KL was needed."""
+    return f"{value:.2f}" if value < 1000 else "over 1000"
 
 
 def _digits(values: np.ndarray) -> object:

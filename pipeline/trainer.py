@@ -1,11 +1,8 @@
 """The PPO loop: rollout, score, gather, advantages, update, report. Each step is a method below, in that order."""
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -14,9 +11,7 @@ from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
 from pipeline.guards import Guards
 from pipeline.metrics import StepReport, part_metrics, step_metrics, step_report
-from pipeline.models.forward import output_head
 from pipeline.models.loading import first_token_id
-from pipeline.models.packing import pack
 from pipeline.models.policy import Policy, Reference
 from pipeline.phases import Phases
 from pipeline.ppo.advantages import Advantages, compute_advantages
@@ -35,11 +30,11 @@ from pipeline.rollout.rollout import (
 )
 from pipeline.rollout.sampling import sampling_noise, sampling_options
 from pipeline.runtime.distributed import agreed_signal, all_or_none, gather_fields, peak_memory_gigabytes, share
-from pipeline.runtime.engine import autocast, gathered, precision, prepare_engine, settle, strategy
+from pipeline.runtime.engine import autocast, gathered, precision, strategy
 from pipeline.runtime.overlap import alongside
 from pipeline.runtime.profiling import profiled
 from pipeline.runtime.signals import StopRequest
-from pipeline.update import UpdateStats, first_epoch_outputs, learning_rate_at, update_policy
+from pipeline.update import UpdateStats, first_epoch_outputs, learning_rate_at, prepare_update, update_policy
 
 SAMPLES_SHOWN = 2  # of a step
 
@@ -58,32 +53,9 @@ class PPOTrainer:
         config: Config,
         stop: StopRequest,
     ):
-        ppo = config.ppo
-        if ppo.gradient_checkpointing:
-            policy.recompute()
-        if ppo.torch_compile:
-            policy.compile_trunk()
-        trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable,
-            lr=ppo.learning_rate,
-            betas=(ppo.adam_beta1, ppo.adam_beta2),
-            eps=ppo.adam_eps,
-            weight_decay=0.0,
-            fused=True,
-        )
         self.accelerator = accelerator
         self.policy = policy
-        mine = ppo.minibatch_size // accelerator.num_processes
-        self.engine, self.optimizer = prepare_engine(
-            accelerator,
-            policy,
-            optimizer,
-            microbatch_size=min(ppo.microbatch_size, mine),
-            microbatches=math.ceil(mine / ppo.microbatch_size),
-            max_grad_norm=ppo.max_grad_norm,
-            outside=output_head(policy.model).parameters(),
-        )
+        self.engine, self.optimizer = prepare_update(accelerator, policy, config.ppo)
         self.reference = reference
         self.reward = reward
         self.tokenizer = tokenizer
@@ -93,7 +65,7 @@ class PPOTrainer:
         self.keeps_outputs = precision(accelerator) == "no"
         how = strategy(accelerator)
         self.graphs = DecodeGraphs(None if how in ("single", "ddp") else f"{how} moves the weights about")
-        self.kl_coef = ppo.kl_coef
+        self.kl_coef = config.ppo.kl_coef
         self.moments = RunningMoments() if config.reward.reward_scaling else None
         self.part_moments = [RunningMoments() for _ in reward.names] if config.reward.reward_whitening else None
         self.guards = Guards()
@@ -101,7 +73,6 @@ class PPOTrainer:
         self.stopped_by = 0  # number of the signal that ended the loop early
         self.finished = 0  # steps done
         self.phases = Phases(config, accelerator.device)
-        self._settle()
 
     def state(self) -> dict[str, object]:
         """What a checkpoint holds of the loop beside weights and optimiser; randomness needs none of it."""
@@ -323,13 +294,3 @@ class PPOTrainer:
         if step != self.config.run.profile or not self.accelerator.is_main_process:
             return nullcontext()
         return profiled(self.config.output_dir / "profile", step)
-
-    def _settle(self) -> None:
-        tokens = torch.zeros(1, 3, dtype=torch.long, device=self.accelerator.device)
-        packed = pack(tokens, np.array([[1, 2]]), 2, self.policy.layout)
-        settle(
-            self.accelerator,
-            self.engine,
-            self.optimizer,
-            lambda: self.engine(packed, token_loss=lambda logprobs, _rows: logprobs),
-        )

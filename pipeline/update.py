@@ -9,13 +9,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipeline.config import PPOSettings
+from pipeline.models.forward import output_head
 from pipeline.models.packing import Layout, pack
 from pipeline.models.policy import Policy
 from pipeline.ppo.advantages import Advantages
 from pipeline.ppo.losses import PPOLoss, policy_losses, ppo_loss
 from pipeline.rollout.rollout import PolicyOutputs, Responses, Rollout, concatenated
 from pipeline.runtime.distributed import gather_fields, reduce_stats, share
-from pipeline.runtime.engine import accumulating, backward, optimizer_step
+from pipeline.runtime.engine import accumulating, backward, optimizer_step, prepare_engine, settle
 from pipeline.runtime.randomness import generator
 
 SUMS = ("policy_loss", "value_loss", "policy_clipped", "value_clipped", "approx_kl", "ratio")
@@ -43,6 +44,38 @@ def learning_rate_at(step: int, settings: PPOSettings) -> float:
     warm = min(1.0, (step + 1) / (settings.warmup_steps + 1))
     left = (settings.steps - step) / settings.steps if settings.learning_rate_schedule == "linear" else 1.0
     return settings.learning_rate * min(warm, 1.0) * left
+
+
+def prepare_update(
+    accelerator: Accelerator, policy: Policy, settings: PPOSettings
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The policy as an engine, and Adam over what of it is trainable: what `update_policy` needs."""
+    if settings.gradient_checkpointing:
+        policy.recompute()
+    if settings.torch_compile:
+        policy.compile_trunk()
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        weight_decay=0.0,
+        fused=True,
+    )
+    mine = settings.minibatch_size // accelerator.num_processes
+    engine, optimizer = prepare_engine(
+        accelerator,
+        policy,
+        optimizer,
+        microbatch_size=min(settings.microbatch_size, mine),
+        microbatches=math.ceil(mine / settings.microbatch_size),
+        max_grad_norm=settings.max_grad_norm,
+        outside=output_head(policy.model).parameters(),
+    )
+    tokens = torch.zeros(1, 3, dtype=torch.long, device=accelerator.device)
+    packed = pack(tokens, np.array([[1, 2]]), 2, policy.layout)
+    settle(accelerator, engine, optimizer, lambda: engine(packed, token_loss=lambda logprobs, _rows: logprobs))
+    return engine, optimizer
 
 
 def update_policy(

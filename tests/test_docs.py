@@ -1,9 +1,11 @@
 """Every command in README and docs: those that train are parsed as the run would, all others are run on a small run."""
 
+import argparse
 import csv
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -20,7 +22,6 @@ from pipeline.rewards.terms import parse_terms
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAUNCHED = ("chat", "evaluate", "export", "report")  # what launch.sh passes on as it is
-ELSEWHERE = ("--push-to-hub", "--share")  # need a Hub or a server of others; the pages say so
 PAIRS = [{"prompt": "the film", "chosen": " was good", "rejected": " was bad"}] * 4
 
 
@@ -44,9 +45,18 @@ def of_module(command: str) -> list[str] | None:
     return [f"pipeline.{words[1]}", *words[2:]] if words[1:2] and words[1] in LAUNCHED else None
 
 
+def is_long(command: str) -> bool:
+    """Minutes to hours, or not to be done without a Hub or a server of others, which the pages say."""
+    module, *arguments = of_module(command)
+    return module.startswith("benchmarks.") or any(option in arguments for option in ("--push-to-hub", "--share"))
+
+
 COMMANDS = {command: page.stem for page in reversed(PAGES) for command in commands(page)}  # each once
-TRAININGS = [pytest.param(c, id=f"{page}: {c}") for c, page in COMMANDS.items() if of_module(c) is None]
-MODULES = [pytest.param(c, id=f"{page}: {c}") for c, page in COMMANDS.items() if of_module(c) is not None]
+NAMED = {command: pytest.param(command, id=f"{page}: {command}") for command, page in COMMANDS.items()}
+TRAININGS = [named for command, named in NAMED.items() if of_module(command) is None]
+MODULES = {tuple(of_module(command)): command for command in COMMANDS if of_module(command) is not None}
+LONG = [NAMED[command] for command in MODULES.values() if is_long(command)]
+SHORT = [NAMED[command] for command in MODULES.values() if not is_long(command)]
 
 
 @pytest.mark.parametrize("command", TRAININGS)
@@ -86,14 +96,28 @@ def place(tmp_path_factory, tiny_recipe):
     return place
 
 
-@pytest.mark.parametrize("command", MODULES)
+class Parsed(Exception):
+    """Of a command: its arguments are read; the unknown ones."""
+
+
+@pytest.mark.parametrize("command", LONG)
+def test_what_takes_long_or_needs_others_knows_its_options(command, monkeypatch):
+    module, *arguments = of_module(command)
+    whole = argparse.ArgumentParser.parse_known_args
+
+    def parse(self, *args, **kwargs):
+        raise Parsed(whole(self, *args, **kwargs)[1])
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(Parsed) as unknown:
+        runpy.run_module(module, run_name="__main__")
+    assert unknown.value.args == ([],)
+
+
+@pytest.mark.parametrize("command", SHORT)
 def test_what_does_not_train_runs(command, place):
     module, *arguments = of_module(command)
-    if any(option in arguments for option in ELSEWHERE):
-        arguments.append("--help")
-    if module.startswith("benchmarks."):
-        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()  # minutes to hours each
-        return
     if "--read-marks" in arguments:  # somebody has marked the sheet
         with (place / arguments[arguments.index("--read-marks") + 1]).open("r+", newline="") as sheet:
             rows = [row | {"better": "tie"} for row in csv.DictReader(sheet)]

@@ -9,7 +9,8 @@ from launching import launch, run_here
 from pipeline import frontier as command
 from pipeline import train
 from pipeline.config import ConfigError
-from pipeline.frontiers import Frontier, check_belongs, load_frontier, more_samples, overspend
+from pipeline.frontier_samples import more_samples
+from pipeline.frontiers import Frontier, check_belongs, load_frontier, overspend, overspend_cell
 
 
 def curves(prompts=64, seed=0, trusted=8):
@@ -42,8 +43,14 @@ def test_overspend_is_the_ratio_with_the_uncertainty_of_both():
     assert same["kl_overspend"] == pytest.approx(1.0, abs=0.1)
 
 
+def test_an_overspend_without_bound_is_said_so():
+    # As good as the original, which needs no KL: the point or its interval divides by next to nothing.
+    figures = overspend(curves(), np.full(50, float(curves().rewards.mean(0)[0])), np.full(50, 2.0))
+    assert overspend_cell(figures["kl_overspend"]) == "over 1000" and overspend_cell(2.345) == "2.35"
+
+
 def test_further_samples_go_where_the_optimum_has_few(monkeypatch):
-    monkeypatch.setattr("pipeline.frontiers.ENOUGH_SAMPLES", 10.0)
+    monkeypatch.setattr("pipeline.frontier_samples.ENOUGH_SAMPLES", 10.0)
     shares = np.array([0.5, 0.5, 0.25, 0.25, 0.1, 0.1, 0.05, 0.05, 0.05, 0.001])  # effective ones, at a low price
     taken = np.full(10, 32)
     effective = np.maximum(1.0, 32 * np.stack([np.ones(10), shares, shares**4]))

@@ -8,6 +8,7 @@ from datetime import datetime
 
 from pipeline.config import SECTIONS
 from pipeline.evaluation import Evaluation, figures_table
+from pipeline.frontiers import overspend_cell
 from pipeline.reports.outcome_charts import measure_label
 from pipeline.reports.records import Group, Run, differing
 
@@ -78,10 +79,9 @@ def _overspend_tile(frontier: Mapping[str, object] | None) -> Tile:
         return Tile("KL overspend", "unknown", "the best possible for this recipe was not estimated")
     if "beyond" in frontier:
         return Tile("KL overspend", "beyond", str(frontier["beyond"]))
-    low, high = frontier["kl_overspend_ci95"]
-    highest = f"{high:.2f}" if high < 1000 else "any"  # where hardly any KL was needed
-    detail = f"{low:.2f} to {highest}; 1 is perfect. {frontier['kl_needed']:.2f} nats would do for this reward"
-    return Tile("KL overspend", f"{frontier['kl_overspend']:.2f} ×", detail)
+    spent, low, high = map(overspend_cell, (frontier["kl_overspend"], *frontier["kl_overspend_ci95"]))
+    detail = f"{low} to {high}; 1 is perfect. {frontier['kl_needed']:.2f} nats would do for this reward"
+    return Tile("KL overspend", f"{spent} ×", detail)
 
 
 def _change(label: str, before: Mapping, after: Mapping, name: str, form: str, detail: str) -> Tile:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.frontiers import overspend_cell
 from pipeline.plane import way_of_steps
 from pipeline.reports.drawing import BLUE, GRAY, ORANGE, RED, Chart, colours, digits, faint, new_figure
 from pipeline.reports.records import Group, Run
@@ -139,8 +140,9 @@ def _overspend(figure: "Figure", frontier: dict[str, object]) -> None:
     needed, spent, reward = frontier["kl_needed"], frontier["kl"], frontier["reward"]
     figure.add_scatter(x=[needed, spent], y=[reward, reward], mode="lines", showlegend=False,
                        name="KL spent beyond need", line={"color": RED, "width": 1.5, "dash": "dash"})  # fmt: skip
-    figure.add_annotation(x=(needed + spent) / 2, y=reward, text=f"overspend {frontier['kl_overspend']:.2f} ×",
-                          showarrow=False, yshift=-12, font={"color": RED, "size": 13})  # fmt: skip
+    times = overspend_cell(frontier["kl_overspend"])
+    figure.add_annotation(x=(needed + spent) / 2, y=reward, text=f"overspend {times} ×", showarrow=False,
+                          yshift=-12, font={"color": RED, "size": 13})  # fmt: skip
 
 
 def result_chart(groups: Sequence[Group]) -> Chart:
