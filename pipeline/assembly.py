@@ -21,7 +21,7 @@ from pipeline.models.loading import LoraSettings, check_context, load_config, lo
 from pipeline.models.policy import Policy, Reference
 from pipeline.rewards.composed import ComposedReward
 from pipeline.rewards.loading import check_terms, load_reward
-from pipeline.rewards.terms import parse_terms
+from pipeline.rewards.terms import length_range, parse_terms
 from pipeline.rollout.sampling import sampling_options
 from pipeline.rollout.sizing import largest_microbatch
 from pipeline.run_directory import CONFIG_FILE
@@ -217,4 +217,10 @@ def config_warnings(config: Config) -> list[str]:
             f"clip_range={config.ppo.clip_range:g} clips no ratio that falls, since none is below 0: only "
             f"kl_early_stop and the guards hold an update back; 0.2 is usual."
         )
+    for term in parse_terms(config.reward.reward):
+        if term.kind == "length" and length_range(term.source)[0] > config.rollout.response_max_tokens:
+            told.append(
+                f"reward={term.source!r} wants longer responses than response_max_tokens="
+                f"{config.rollout.response_max_tokens} allows: none reaches the range."
+            )
     return told

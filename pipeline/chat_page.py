@@ -107,7 +107,8 @@ def pairs(opening: str, sides: Sides) -> str:
                 f'<article class="cell {kind}"><header><b>{name}</b>{_figures(texts[i])}</header>'
                 f'<p><span class="opening">{html.escape(opening)}</span>{html.escape(texts[i].text)}</p></article>'
             )
-    return f'<div class="pairs">{"".join(cells)}</div>'
+    fault = sides.original[0].fault
+    return f'{message(fault) if fault else ""}<div class="pairs">{"".join(cells)}</div>'
 
 
 def _figures(continuation: Continuation) -> str:

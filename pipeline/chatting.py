@@ -14,6 +14,7 @@ from pipeline.evaluation import reading_and_kl
 from pipeline.models.kernels import many_forwards
 from pipeline.models.policy import Policy, Reference
 from pipeline.rewards.composed import ComposedReward
+from pipeline.rewards.protocol import RewardError
 from pipeline.rollout.decoding import Decoded, decode_stepwise
 from pipeline.rollout.rollout import Responses, response_texts
 from pipeline.rollout.sampling import sampling_noise, sampling_options
@@ -30,6 +31,7 @@ class Continuation:
     text: str
     scores: dict[str, float] | None = None  # what the run rewards; and the probability, where that is another figure
     kl: float | None = None  # log p - log q of the whole text, nats: zero for the original
+    fault: str | None = None  # why there is no score, where the reward failed
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,6 @@ class Chat:
 
         Raises:
             ChatError: the opening is empty, or too long for the model.
-            RewardError: the reward broke its contract.
         """
         ids = self._ids(opening, tokens)
         device = next(self.policy.parameters()).device
@@ -141,10 +142,14 @@ class Chat:
             temperature=temperature, microbatch_size=count,
         )  # fmt: skip
         texts = response_texts(responses, [prompt_text] * count, self.tokenizer)
-        measures = self.reward.measures([prompt_text] * count, texts, reading)
+        fault = None
+        try:
+            measures = self.reward.measures([prompt_text] * count, texts, reading)
+        except RewardError as error:  # what was written is still worth reading
+            measures, fault = {}, str(error)
         shown: dict[str, Tensor] = {name: measures[name] for name in (self.reward.measure, "probability")
                                     if name in measures}  # fmt: skip
         return [
-            Continuation(text, {name: values[i].item() for name, values in shown.items()}, kl[i].item())
+            Continuation(text, {name: values[i].item() for name, values in shown.items()}, kl[i].item(), fault)
             for i, text in enumerate(texts)
         ]

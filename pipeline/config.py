@@ -118,7 +118,7 @@ class RewardSettings(Checked):
     reward_label: str = setting("POSITIVE", "The classifier's label to reward, by name.")
     reward_scale: Literal["logit", "probability", "log_odds"] = setting("logit", "Scale of classifiers' scores.")
     reward_batch_size: int = setting(128, "Texts per forward of a classifier or request, per worker.")
-    reward_timeout: float = setting(60.0, "Seconds to wait for the answer of a reward served at an address.")
+    reward_timeout: float = setting(60.0, "Seconds for which a reward served at an address may be silent.")
     reward_whitening: bool = setting(
         False,
         "Before weighting, shift and scale each component by the running mean and deviation of its scores.",

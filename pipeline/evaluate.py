@@ -25,6 +25,7 @@ from pipeline.assembly import (
     Data,
     Parts,
     choose_rollout_microbatch,
+    make_reward,
     open_data,
     open_frontier,
     open_reward,
@@ -35,9 +36,12 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.preferences import read_preferences
 from pipeline.errors import end_worker, user_errors
 from pipeline.evaluation import evaluate
-from pipeline.judging import key_path, marks_table, read_marks, write_judge_file, write_marks
+from pipeline.judging import key_path, marks_table, read_marks, samples_digest, write_judge_file, write_marks
+from pipeline.models.loading import load_tokenizer
 from pipeline.preferences import agreement, preferences_table, write_preferences
 from pipeline.reporting import show_evaluation, write_report
+from pipeline.rewards.composed import ComposedReward
+from pipeline.run_directory import differing_settings, settings_of
 from pipeline.runtime.console import Console
 from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
 
@@ -59,24 +63,40 @@ def main() -> None:
             )
         elif people.read_marks is not None:
             rate = on_main(accelerator, lambda: read_marks(people.read_marks))
+            if rate.samples not in (None, samples_digest(run)):
+                console.warn(
+                    f"{people.read_marks} was not written from the samples that {run} has now: it is another run's, or "
+                    f"from before this one was evaluated anew."
+                )
             console.table("What people marked", marks_table(rate))
             if accelerator.is_main_process:
                 write_marks(rate, run)
+        elif preferences is not None:
+            reward, policy, reference, tokenizer = all_or_none(
+                accelerator,
+                lambda: (
+                    judge_of(config, accelerator),
+                    *open_tuned(run, config, accelerator.device),
+                    load_tokenizer(config.model.model_path),
+                ),
+            )
+            choose_rollout_microbatch(config, accelerator, policy, len(preferences))
+            figures = agreement(accelerator, policy, reference, reward, tokenizer, preferences, config)
+            console.table("Agreement with people", preferences_table(figures))
+            if accelerator.is_main_process:
+                write_preferences(figures, run)
         else:
             data, parts = all_or_none(accelerator, lambda: prepare(run, config, accelerator))
-            samples = config.run.evaluation_prompts if preferences is None else len(preferences)
-            choose_rollout_microbatch(config, accelerator, parts.policy, samples)
-            common = (accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer)
-            if preferences is not None:
-                figures = agreement(*common, preferences, config)
-                console.table("Agreement with people", preferences_table(figures))
-                if accelerator.is_main_process:
-                    write_preferences(figures, run)
-            else:
-                evaluation = evaluate(*common, data.held_out, config, parts.frontier)
-                if accelerator.is_main_process:
-                    show_evaluation(console, evaluation, run)
-                    write_report(console, run)
+            choose_rollout_microbatch(config, accelerator, parts.policy, config.run.evaluation_prompts)
+            evaluation = evaluate(
+                accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config,
+                parts.frontier,
+            )  # fmt: skip
+            other = differing_settings(settings_of(run), config)
+            evaluation.figures["settings"] = {name: now for name, (_then, now) in other.items()}
+            if accelerator.is_main_process:
+                show_evaluation(console, evaluation, run)
+                write_report(console, run)
         accelerator.wait_for_everyone()
     end_worker()
 
@@ -102,6 +122,14 @@ def people_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
         return parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}; --help shows how.") from error
+
+
+def judge_of(config: Config, accelerator: Accelerator) -> ComposedReward:
+    """Load the reward, which must have a component that judges texts by themselves; raises `UserError`."""
+    reward = make_reward(config, accelerator.device)
+    reward.try_texts(["This"], [" film"])
+    reward.of_texts_alone(["This"], [" film"])
+    return reward
 
 
 def prepare(run: Path, config: Config, accelerator: Accelerator) -> tuple[Data, Parts]:

@@ -125,6 +125,7 @@ def evaluate(
     rewarded = names.index(reward.measure)
     figures["reward"] = {
         "name": names[rewarded],
+        "metric": reward.metric,
         **{name: figures[name][names[rewarded]] for name in ("before", "after")},
     }
     if frontier is not None:
@@ -233,7 +234,7 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
     The way of the training over the plane of KL and reward is added to the figures, from the metrics in `directory`,
     and the frontier's curve.
     """
-    evaluation.figures["way"] = way_of(directory / METRICS_FILE)
+    evaluation.figures["way"] = way_of(directory / METRICS_FILE, evaluation.figures["reward"]["metric"])
     if evaluation.frontier is not None:
         evaluation.figures["frontier_curve"] = curve_of(evaluation.frontier)
     draw_plane(directory / PLANE_FILE, evaluation.figures, evaluation.frontier)
@@ -249,7 +250,8 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
 def figures_table(evaluation: Evaluation) -> list[list[str]]:
     """The figures as rows of cells, the first row the header."""
     before, after = evaluation.figures["before"], evaluation.figures["after"]
-    rows = [[f"{evaluation.figures['prompts']} held-out prompts", "before", "after"]]
+    other = "".join(f", {name}={value}" for name, value in evaluation.figures.get("settings", {}).items())
+    rows = [[f"{evaluation.figures['prompts']} held-out prompts{other}", "before", "after"]]
     for name, value in before.items():
         if isinstance(value, dict):
             rows.append([f"{name}, mean (95 % interval)", _mean(value), _mean(after[name])])

@@ -21,7 +21,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from pipeline.assembly import open_run
 from pipeline.config import Config
 from pipeline.errors import user_errors
-from pipeline.exporting import Export, ExportError, write_export
+from pipeline.exporting import Export, ExportError, is_path, write_export
 from pipeline.runtime.command import command_line, raise_error
 
 
@@ -83,21 +83,24 @@ def plan(run: Path, config: Config, asked: argparse.Namespace) -> Export:
         raise ExportError(
             f"--base {asked.base}: only an adapter names its base; leave it out with --what {asked.what}."
         )
-    if asked.to.exists() and (not asked.to.is_dir() or any(asked.to.iterdir())):
-        raise ExportError(f"--to {asked.to}: it exists and is not an empty folder; name a new one.")
+    to = asked.to.resolve()
+    if to == Path.cwd() or (to.exists() and (not to.is_dir() or any(to.iterdir()))):
+        raise ExportError(f"--to {asked.to}: it exists and is not an empty folder elsewhere; name a new one.")
     if asked.push_to_hub:
-        if asked.what == "adapter" and not asked.base and Path(base).is_dir():
+        if asked.what == "adapter" and is_path(asked.base or base):
             raise ExportError(
-                f"--push-to-hub {asked.push_to_hub}: the adapter's base is the folder {base}, which others do not "
+                f"--push-to-hub {asked.push_to_hub}: the adapter's base is the folder {asked.base or base}, which "
+                f"others do not "
                 f"have; name it as it is on the Hub (--base NAME), or upload --what merged."
             )
         check_login(asked.push_to_hub)
+    name = asked.push_to_hub or to.name
     if asked.what != "adapter":
-        return Export(run, asked.what, asked.to, None)
+        return Export(run, asked.what, to, None, name)
     # A Hub name is found from anywhere. A folder relative to this one is found from here only, and PEFT looks up no
     # path relative to the adapter's own folder: an absolute one is found from every folder of this machine.
     found_as = str(Path(base).resolve()) if Path(base).is_dir() else base
-    return Export(run, asked.what, asked.to, asked.base or found_as)
+    return Export(run, asked.what, to, asked.base or found_as, name)
 
 
 def check_login(name: str) -> None:

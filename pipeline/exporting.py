@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from pipeline.assembly import open_tuned
-from pipeline.config import Config
+from pipeline.config import Config, RolloutSettings
 from pipeline.data.sources import PACKAGE
 from pipeline.errors import UserError
 from pipeline.evaluation import EVALUATION_FILE, Evaluation, figures_table
 from pipeline.models.card import markdown_table, stated_licence, write_card
 from pipeline.models.loading import load_tokenizer
-from pipeline.models.saving import save_causal_lm
+from pipeline.models.saving import save_causal_lm, saved_step
 from pipeline.rewards.terms import SENTIMENT, parse_terms
 from pipeline.run_directory import METRICS_FILE
 from pipeline.runtime.checkpoints import is_checkpoint
@@ -39,6 +40,7 @@ class Export:
     what: str  # adapter, merged or full
     directory: Path
     base: str | None  # under which name an adapter's base will be found
+    name: str  # of the folder, for its users
 
 
 def write_export(export: Export, config: Config, command: str) -> float:
@@ -62,13 +64,9 @@ def write_export(export: Export, config: Config, command: str) -> float:
     aside = export.directory.with_name(f".{export.directory.name}.writing")
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        save_causal_lm(
-            model,
-            tokenizer,
-            aside,
-            max_new_tokens=config.rollout.response_max_tokens,
-            temperature=config.rollout.temperature,
-        )
+        with warnings.catch_warnings():  # an adapter's base need not be found from here
+            warnings.filterwarnings("ignore", "Could not find a config file")
+            save_causal_lm(model, tokenizer, aside, config.rollout)
         difference = (_logits(_reloaded(aside, export, config), probe) - expected).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
             raise ExportError(
@@ -98,10 +96,10 @@ def _reloaded(folder: Path, export: Export, config: Config) -> nn.Module:
 
 
 def _write_card(folder: Path, export: Export, config: Config, command: str, difference: float) -> None:
-    base, dataset = config.model.model_path, config.data.dataset
+    base, dataset, start = config.model.model_path, config.data.dataset, config.model.adapter_path
     kinds = {"adapter": "A LoRA adapter of", "merged": "With its LoRA adapter folded in,", "full": "Fine-tuned whole,"}
     metadata = ModelCardData(
-        base_model=export.base or base if not Path(export.base or base).is_dir() else None,
+        base_model=None if is_path(export.base or base) else export.base or base,
         library_name="peft" if export.what == "adapter" else "transformers",
         pipeline_tag="text-generation",
         tags=["ppo", "rlhf"],
@@ -109,7 +107,8 @@ def _write_card(folder: Path, export: Export, config: Config, command: str, diff
     sections = {
         "Load it": _loading(export),
         "Training": _training(config),
-        "Figures": _figures(export.run),
+        "Figures": _figures(export.run)
+        + (f"\n\n“Before” and the original are here the base with the adapter `{start}`." if start else ""),
         "Licences": f"- Base model `{base}`: {stated_licence(base, ModelCard) or 'unknown: its card states none.'}\n"
         f"- Data `{dataset}`: {_data_licence(dataset)}\n\n"
         "Both bear on what may be done with this model. Nothing is said here of the licence of the model itself.",
@@ -118,12 +117,16 @@ def _write_card(folder: Path, export: Export, config: Config, command: str, diff
         "Made by": f"```\n{command}\n```\n\nRead back in float32, the logits of these files are within "
         f"{difference:.1e} of the trained policy's.",
     }
-    summary = f"{kinds[export.what]} `{export.base or base}`, trained with PPO to please a reward and stay close to it."
-    write_card(folder, export.directory.name, summary, sections, metadata)
+    began = f" from the adapter `{start}` on" if start else ""
+    summary = (
+        f"{kinds[export.what]} `{export.base or base}`, trained{began} with PPO to please a reward and stay close to "
+        f"what it began as."
+    )
+    write_card(folder, export.name, summary, sections, metadata)
 
 
 def _loading(export: Export) -> str:
-    name = export.directory.name
+    name = export.name
     if export.what != "adapter":
         return (
             f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -141,10 +144,10 @@ def _loading(export: Export) -> str:
         "\n\nThe adapter was trained on the base in float32; without `dtype` a base stored in bfloat16 stays so, and "
         "the answers are a little off."
     )
-    if not Path(export.base).is_dir():
+    if not is_path(export.base):
         return code
     return (
-        f"{code}\n\nThe base is a folder of the machine this was exported on, and `adapter_config.json` names it so. "
+        f"{code}\n\nThe base is a folder of one machine, and `adapter_config.json` names it so. "
         f"Elsewhere load the base from where it lies there; PEFT does not look at the name then."
     )
 
@@ -162,12 +165,27 @@ def _training(config: Config) -> str:
         if any(term.source == SENTIMENT for term in terms)
         else None,
         "steps planned, of samples": f"{ppo.steps} of {config.rollout.rollout_batch_size}",
-        "responses": f"at most {config.rollout.response_max_tokens} tokens, temperature {config.rollout.temperature:g}",
+        "responses": _sampling(config.rollout),
         "learning rate": f"{ppo.learning_rate:g}",
         "KL coefficient": f"{ppo.kl_coef:g}{' at first, adaptive' if ppo.kl_adaptive else ''}",
         "seed": str(config.run.seed),
     }
     return markdown_table([["", ""], *([name, value] for name, value in settings.items() if value is not None)])
+
+
+def _sampling(rollout: RolloutSettings) -> str:
+    limits = {
+        f"top-k {rollout.top_k}": rollout.top_k > 0,
+        f"top-p {rollout.top_p:g}": rollout.top_p < 1,
+        f"no end before {rollout.eos_min_tokens} tokens": rollout.eos_min_tokens > 0,
+    }
+    told = [f"at most {rollout.response_max_tokens} tokens", f"temperature {rollout.temperature:g}"]
+    return ", ".join([*told, *(limit for limit, holds in limits.items() if holds)])
+
+
+def is_path(name: str) -> bool:
+    """Whether a model's name is a folder's, of this machine or another one, and not the Hub's."""
+    return Path(name).is_dir() or name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 def _figures(run: Path) -> str:
@@ -177,9 +195,11 @@ def _figures(run: Path) -> str:
         return markdown_table(figures_table(Evaluation(figures, [])))
     steps = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines() if (run / METRICS_FILE).is_file() else []
     what = "A checkpoint" if is_checkpoint(run) else "A run"
-    if not steps:
+    done = saved_step(run)
+    done = len(steps) if done is None else done
+    if not 0 < done <= len(steps):
         return f"{what} that was not evaluated."
-    last = json.loads(steps[-1])
+    last = json.loads(steps[done - 1])
     return (
         f"{what} that was not evaluated on held-out prompts. Its last training batch, that of step {last['step']}: "
         f"reward {last['reward/mean']:.3f}, KL from the original {last['kl/sequence_k1']:.2f} nats a response."

@@ -16,6 +16,7 @@ from pipeline.runtime.randomness import generator
 
 SHEET_COLUMNS = ("id", "prompt", "response_a", "response_b", "better")
 KEY_COLUMNS = ("id", "tuned")
+OF_SAMPLES = "samples"  # a further column of the key: which samples the sheet was written from
 MARKS = ("a", "b", "tie")
 MARKS_FILE = "marks.json"
 
@@ -30,7 +31,14 @@ class WinRate:
     unmarked: int
     win_rate: float
     ci95: tuple[float, float]
+    samples: str | None  # `samples_digest` of the run that the sheet was written from, where its key says so
     interval: str = "Wilson"
+
+
+def samples_digest(run: Path) -> str | None:
+    """What tells a run's held-out samples from others; None where it has none."""
+    file = run / SAMPLES_FILE
+    return f"{zlib.crc32(file.read_bytes()):08x}" if file.is_file() else None
 
 
 def key_path(sheet: Path) -> Path:
@@ -57,7 +65,8 @@ def write_judge_file(run: Path, sheet: Path) -> int:
         if path.exists():
             raise DataError(f"{path} is there already, perhaps with marks; give another name or remove it.")
     rows = [row for _, row in jsonl_rows(samples)]
-    draw = generator(EVALUATION_SEED, "judge file", zlib.crc32(samples.read_bytes()))
+    digest = samples_digest(run)
+    draw = generator(EVALUATION_SEED, "judge file", int(digest, 16))
     ids = draw.choice(900_000, len(rows), replace=False) + 100_000  # all of six digits; a spreadsheet keeps them
     tuned_is_b = draw.integers(2, size=len(rows))
     pairs, sides = [], []
@@ -65,10 +74,10 @@ def write_judge_file(run: Path, sheet: Path) -> int:
         row = rows[at]
         responses = (row["before"], row["after"]) if second else (row["after"], row["before"])
         pairs.append([str(number), *map(_as_text, (row["prompt"], *responses)), ""])
-        sides.append([str(number), MARKS[second]])
+        sides.append([str(number), MARKS[second], digest])
     try:
         _write(sheet, SHEET_COLUMNS, pairs)
-        _write(key, KEY_COLUMNS, sides)
+        _write(key, (*KEY_COLUMNS, OF_SAMPLES), sides)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be written: {error.strerror}; give another place.") from error
     return len(pairs)
@@ -97,7 +106,9 @@ def read_marks(sheet: Path) -> WinRate:
     key = key_path(sheet)
     if not key.is_file():
         raise DataError(f"{key} is missing: it says which response is the tuned model's; put it beside {sheet.name}.")
-    tuned = {row["id"].strip(): row["tuned"].strip() for _, row in _checked_rows(key, KEY_COLUMNS)}
+    sides = [row for _, row in _checked_rows(key, KEY_COLUMNS)]
+    tuned = {row["id"].strip(): row["tuned"].strip() for row in sides}
+    digest = sides[0].get(OF_SAMPLES) if sides else None
     seen: dict[str, int] = {}
     counts = {"win": 0, "loss": 0, "tie": 0, "": 0}
     for line, row in marked:
@@ -114,7 +125,8 @@ def read_marks(sheet: Path) -> WinRate:
     if total == 0:
         raise DataError(f"{sheet} has no marks; write a, b or tie into its column better.")
     wins = counts["win"] + counts["tie"] / 2
-    return WinRate(counts["win"], counts["loss"], counts["tie"], counts[""], wins / total, wilson_interval(wins, total))
+    interval = wilson_interval(wins, total)
+    return WinRate(counts["win"], counts["loss"], counts["tie"], counts[""], wins / total, interval, digest)
 
 
 def _checked_rows(path: Path, columns: Sequence[str]) -> Iterable[tuple[int, dict[str, str]]]:

@@ -12,26 +12,26 @@ from pipeline.frontiers import Frontier
 POINTS = 24  # of the way, each the mean of as many steps as it takes
 
 
-def way_of(metrics_file: Path) -> list[dict[str, float]]:
+def way_of(metrics_file: Path, metric: str = "reward/mean") -> list[dict[str, float]]:
     """Where a training went, from its metrics.jsonl: means of a few steps each, {"step" of the last, "kl", "reward"}.
 
-    KL is nats a response, reward the raw score; both are of the responses sampled for training.
+    KL is nats a response, reward the figure named `metric`; both are of the responses sampled for training.
     """
     if not metrics_file.is_file():
         return []
-    return way_of_steps([json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()])
+    return way_of_steps([json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()], metric)
 
 
-def way_of_steps(steps: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+def way_of_steps(steps: Sequence[Mapping[str, float]], metric: str = "reward/mean") -> list[dict[str, float]]:
     """The same from the metrics of each step; those of a spoilt step that are no numbers are passed over."""
-    steps = [step for step in steps if None not in (step["kl/sequence_k1"], step["reward/mean"])]
+    steps = [step for step in steps if None not in (step.get("kl/sequence_k1"), step.get(metric))]
     size = max(1, math.ceil(len(steps) / POINTS))
     windows = [steps[start : start + size] for start in range(0, len(steps), size)]
     return [
         {
             "step": window[-1]["step"],
             "kl": float(np.mean([step["kl/sequence_k1"] for step in window])),
-            "reward": float(np.mean([step["reward/mean"] for step in window])),
+            "reward": float(np.mean([step[metric] for step in window])),
         }
         for window in windows
     ]

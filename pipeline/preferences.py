@@ -217,7 +217,9 @@ def agreement(
     readings = read_all(accelerator, policy, reference, reward, tokenizer, preferences, config)
     figures = preference_figures(readings, preferences.ratings, context_of(policy))
     judges = [component.name for component in reward.components if component.of_texts]
-    return {**figures, "reward_name": " + ".join(judges)}
+    left_out = [component.name for component in reward.components if not component.of_texts]
+    without = f", without {', '.join(left_out)}" if left_out else ""
+    return {**figures, "reward_name": " + ".join(judges) + without}
 
 
 def preferences_table(figures: dict[str, object]) -> list[list[str]]:
@@ -238,7 +240,7 @@ def preferences_table(figures: dict[str, object]) -> list[list[str]]:
     if likelihood["left_out"]:
         said = f"not in the likelihoods: longer than the model's context of {likelihood['context_tokens']} tokens"
         rows.append([said, f"{likelihood['left_out']} of {figures['rows']}"])
-    if figures["rows"] < FEW:
+    if min(figures["rows"], likelihood["rows"] or figures["rows"]) < FEW:
         rows.append([f"fewer than {FEW} rows: the intervals are too narrow", ""])
     return [row + [""] * (len(rows[0]) - len(row)) for row in rows]
 

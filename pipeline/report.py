@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pipeline.checked import ConfigError
 from pipeline.errors import user_errors
-from pipeline.reports.page import REPORT_FILE, comparison_page, write_run_page
-from pipeline.reports.records import read_runs
+from pipeline.reports.page import REPORT_FILE, comparison_page, run_page
+from pipeline.reports.records import read_run, read_runs
 
 COMPARISON = Path("runs/comparison.html")
 
@@ -40,11 +40,10 @@ def report(directories: Sequence[Path], to: Path | None) -> Path:
     """
     alone = len(directories) == 1
     path = to or (directories[0] / REPORT_FILE if alone else COMPARISON)
+    page = run_page(read_run(directories[0])) if alone else comparison_page(read_runs(directories))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if alone:
-            return write_run_page(directories[0], path)
-        path.write_text(comparison_page(read_runs(directories)), encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"the report {str(path)!r} cannot be written: {error}") from error
     return path

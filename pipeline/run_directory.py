@@ -11,19 +11,24 @@ from typing import TextIO
 import yaml
 
 from pipeline.config import Config, ConfigError
+from pipeline.models.saving import forget_policy
 from pipeline.runtime.checkpoints import CheckpointError, all_checkpoints, damage_of, newest_whole
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 FINISHED = "finished"  # an empty file: the run has nothing left to do
+# What is said of a run's end, beside its model: of an earlier one, once the run goes on.
+OF_AN_END = (
+    FINISHED, "evaluation.json", "evaluation.md", "evaluation_samples.jsonl", "plane.png", "report.html",
+)  # fmt: skip
 
 # What may change between a checkpoint and the run that goes on from it; everything else changes the training.
 FREE_TO_CHANGE = {
     "output_dir", "resume", "save_every_steps", "keep_last", "samples_every_steps", "profile", "evaluation_prompts",
     "report_to", "wandb_project", "wandb_log_model", "quiet", "microbatch_size", "rollout_microbatch_size",
-    "reward_batch_size", "shard_reference", "gradient_checkpointing", "torch_compile", "frontier", "frontier_prompts",
-    "frontier_samples",
+    "reward_batch_size", "reward_timeout", "shard_reference", "gradient_checkpointing", "torch_compile", "frontier",
+    "frontier_prompts", "frontier_samples",
 }  # fmt: skip
 
 
@@ -142,8 +147,11 @@ def lock_output_dir(directory: Path) -> TextIO:
     return file
 
 
-def claim_output_dir(directory: Path, start: Start) -> None:
+def claim_output_dir(directory: Path, start: Start, say: Callable[[str], None]) -> None:
     """Make `directory` ready: metrics of a resumed run end at its checkpoint, a run that is over moves aside.
+
+    Where a run goes on in its own directory, the model and the evaluation it had when it was last ended are removed:
+    they would pass for those of the later steps. Its checkpoints stay.
 
     Raises:
         ConfigError: see `check_output_dir`.
@@ -154,15 +162,17 @@ def claim_output_dir(directory: Path, start: Start) -> None:
             if _previous(directory).exists():
                 shutil.rmtree(_previous(directory))
             directory.rename(_previous(directory))
-            print(
-                f"The run that was in {directory} is now in {_previous(directory)}, in place of any there.", flush=True
-            )
+            say(f"The run that was in {directory} is now in {_previous(directory)}, in place of any there.")
         directory.mkdir(parents=True, exist_ok=True)
         if start.checkpoint is not None:
             metrics = directory / METRICS_FILE
             aside = metrics.with_suffix(".writing")
             shutil.copyfile(start.checkpoint / METRICS_FILE, aside)
             aside.replace(metrics)
+        if start.in_place:
+            forget_policy(directory)
+            for name in OF_AN_END:
+                (directory / name).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir={str(directory)!r} cannot be made: {error}") from error
 

@@ -81,7 +81,8 @@ def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
         start = on_main(accelerator, lambda: plan_start(config, print))
         data, parts = all_or_none(accelerator, lambda: prepare(config, accelerator, start))
         choose_rollout_microbatch(config, accelerator, parts.policy, config.rollout.rollout_batch_size)
-        on_main(accelerator, lambda: claim_output_dir(config.output_dir, start))
+        say = (lambda _text: None) if config.run.quiet else print
+        on_main(accelerator, lambda: claim_output_dir(config.output_dir, start, say))
         all_or_none(accelerator, lambda: check_shared(config.output_dir))
         if config.model.shard_reference:
             parts.reference.shard(accelerator)
@@ -164,13 +165,7 @@ def run(
             keep(now=True)
     with gathered(trainer.engine):
         if accelerator.is_main_process:
-            save_policy(
-                parts.policy,
-                data.tokenizer,
-                config.output_dir,
-                max_new_tokens=config.rollout.response_max_tokens,
-                temperature=config.rollout.temperature,
-            )
+            save_policy(parts.policy, data.tokenizer, config.output_dir, config.rollout, step=trainer.finished)
     console.say(f"The model is saved in {config.output_dir}")
     if failure is not None:
         return failure

@@ -17,8 +17,10 @@ from pipeline import train
 from pipeline.assembly import open_run
 from pipeline.chat import main as chat_main
 from pipeline.chat import open_chat, parse
+from pipeline.chat_page import pairs
 from pipeline.chatting import Chat, ChatError
 from pipeline.models.loading import load_causal_lm
+from pipeline.rewards.protocol import RewardError
 from pipeline.rewards.sentiment import SentimentReward
 from pipeline.rollout.decoding import decode
 from pipeline.rollout.sampling import SamplingOptions, sampling_noise
@@ -103,6 +105,21 @@ def test_texts_grow_token_by_token_and_figures_come_at_the_end(chat):
 def test_another_turn_has_other_noise_and_the_same_turn_the_same(chat):
     first, again, second = (continued(chat, turn=turn)[-1] for turn in (0, 0, 1))
     assert first == again and first != second
+
+
+def test_where_the_reward_fails_the_texts_and_their_kl_stay(chat, monkeypatch):
+    whole = continued(chat)[-1]
+
+    def failing(self, prompts, responses, reading):
+        raise RewardError("the reward server <down> did not answer")
+
+    monkeypatch.setattr("pipeline.rewards.composed.ComposedReward.measures", failing)
+    last = continued(chat)[-1]
+    assert [(text.text, text.kl) for text in last.tuned] == [(text.text, text.kl) for text in whole.tuned]
+    assert last.tuned[0].scores == {} and "did not answer" in last.tuned[0].fault
+    shown = pairs("the film", last)
+    assert "the reward server &lt;down&gt; did not answer" in shown and shown.count("<article") == 6
+    assert f"KL</b> {last.tuned[0].kl:.2f}" in shown or f"KL {last.tuned[0].kl:.2f}" in shown
 
 
 def test_who_leaves_in_mid_text_leaves_the_models_as_they_were(chat):

@@ -16,7 +16,7 @@ REWARD = [
     "length:4-8=0.1",
     "composed_mine:shouts=-1",
 ]
-NAMES = ["sentiment", "fluency", "coherence", "repetition", "length", "shouts"]
+NAMES = ["sentiment", "fluency", "coherence", "repetition_1", "length", "shouts"]
 WEIGHTS = [2.0, 0.3, 0.2, -0.5, 0.1, -1.0]
 
 
@@ -54,7 +54,7 @@ def test_each_component_is_logged_raw_and_weighted_and_they_add_up(runs):
             assert weighted == pytest.approx(weight * raw, rel=1e-5, abs=1e-7)
         total = sum(step[f"reward/{name}/weighted_mean"] for name in NAMES)
         assert step["reward/mean"] == pytest.approx(total, abs=1e-5)
-        assert step["reward/fluency/raw_mean"] < 0 <= step["reward/repetition/raw_mean"] < 1
+        assert step["reward/fluency/raw_mean"] < 0 <= step["reward/repetition_1/raw_mean"] < 1
 
 
 def test_the_evaluation_has_every_component_and_their_sum(runs):
@@ -84,8 +84,12 @@ def test_a_whitened_reward_is_judged_by_its_first_component_and_has_no_frontier(
     assert run_here(train.main, *whitened, "--output_dir", run) == 0
     first = metrics(run)[0]
     assert first["reward/mean"] == pytest.approx(0, abs=1e-5) and first["reward/std"] > 0.5
-    assert first["reward/repetition/raw_mean"] > 0
-    assert json.loads((run / "evaluation.json").read_text())["reward"]["name"] == "logit"
+    assert first["reward/repetition_1/raw_mean"] > 0
+    figures = json.loads((run / "evaluation.json").read_text())
+    assert figures["reward"]["name"] == "logit"
+    # The way over the plane is on the scale of its ends, which the whitened rewards are not.
+    way = [point["reward"] for point in figures["way"]]
+    assert way == pytest.approx([step["reward/sentiment/raw_mean"] for step in metrics(run)], abs=1e-6)
     assert run_here(frontier.main, *whitened, "--frontier", tmp_path / "f.json") == 2
     assert "reward_whitening=True" in capsys.readouterr().err
 
@@ -102,7 +106,7 @@ def test_a_whitened_reward_is_judged_by_its_first_component_and_has_no_frontier(
 def test_what_cannot_be_rewarded_is_said_before_the_policy_is_loaded(
     tiny_recipe, tmp_path, capsys, monkeypatch, reward, fault
 ):
-    monkeypatch.setattr("pipeline.rewards.remote.RETRIES", 0)
+    monkeypatch.setattr("pipeline.rewards.remote.WAITS", ())
     monkeypatch.setattr("pipeline.models.building.load_causal_lm", lambda _path: pytest.fail("weights were loaded"))
     assert run_here(train.main, "--config", tiny_recipe, "--output_dir", tmp_path / "run", "--reward", *reward) == 2
     assert fault in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every command in README and docs: those that train are parsed as the run would, all others are run on a small run."""
+"""Every command in README, docs and the headers of recipes: those that train are parsed as the run would, all others are run on a small run."""
 
 import argparse
 import csv
@@ -20,19 +20,24 @@ from pipeline import train
 from pipeline.assembly import parse_config
 from pipeline.rewards.terms import parse_terms
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
 LAUNCHED = ("chat", "evaluate", "export", "report")  # what launch.sh passes on as it is
+STANDS_FOR = {"RUN": "runs/quickstart", "DIR": "exported/merged", "FILE": "pairs.jsonl"}
 PAIRS = [{"prompt": "the film", "chosen": " was good", "rejected": " was bad"}] * 4
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of a page's bash blocks, and commands within its text that are whole."""
+    """The lines of a page's bash blocks, and commands within its text that are whole; those above a recipe."""
     text = page.read_text()
+    if page.suffix == ".yaml":
+        header = text[: text.index("\n\n")].splitlines()
+        text = "\n".join(["```bash", *(line.removeprefix("# ") for line in header), "```"])
     blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     lines += [" ".join(found.split()) for found in re.findall(r"`((?:\./launch\.sh|python -m) [^`]*)`", prose)]
     lines = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+    lines = [re.sub(r"\b(RUN|DIR|FILE)\b", lambda found: STANDS_FOR[found[0]], line) for line in lines]
     ours = re.compile(r"(sbatch .*)?(\./)?launch\.sh|python -m (pipeline|benchmarks)\.")
     return list(dict.fromkeys(line for line in lines if ours.match(line) and not re.search(r"…|\b[A-Z]{3,}\b", line)))
 

@@ -100,6 +100,7 @@ def test_the_resolved_recipe_is_written_and_evaluating_again_gives_the_same_figu
     again = json.loads((finished / "evaluation.json").read_text())
     assert again["after"]["probability"]["mean"] == pytest.approx(before["after"]["probability"]["mean"], abs=1e-5)
     assert again["kl"] == pytest.approx(before["kl"], abs=1e-3)
+    assert again["settings"] == {}
     assert (finished / "evaluation.md").read_text().count("\n|") > 25
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,11 @@ from recorded_run import PROBE
 from transformers import AutoModelForCausalLM
 
 from pipeline import export, train
-from pipeline.assembly import open_run
+from pipeline.assembly import open_run, open_tuned
+from pipeline.config import RolloutSettings
 from pipeline.exporting import Export, ExportError, write_export
+from pipeline.models.loading import load_tokenizer
+from pipeline.models.saving import save_policy
 
 LORA = ("--use_peft", "--lora_r", "4", "--learning_rate", "1e-2")
 EXPORTS = [  # of which run, from where in it, what
@@ -139,6 +143,38 @@ def test_the_card_has_the_runs_figures_how_to_load_it_and_what_is_known_of_licen
     assert "that of step 3: reward" in card and "PeftModel" not in card and "library_name: transformers" in card
 
 
+def test_the_figures_of_a_run_that_went_back_are_those_of_the_step_it_went_back_to(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "full/run", run)
+    (run / "evaluation.json").unlink()
+    policy, _ = open_tuned(*open_run("", str(run)), "cpu")
+    for step, told in ((1, "that of step 1: reward"), (0, "A run that was not evaluated.")):
+        save_policy(policy, load_tokenizer(str(run)), run, RolloutSettings(top_p=0.5), step=step)
+        shutil.rmtree(tmp_path / "to", ignore_errors=True)
+        assert run_here(export.main, run, "--what", "full", "--to", tmp_path / "to") == 0
+        assert told in (tmp_path / "to/README.md").read_text()
+
+
+def test_an_uploaded_card_has_the_name_it_is_loaded_by_and_no_path_of_this_machine(
+    runs, tmp_path, monkeypatch, recwarn
+):
+    monkeypatch.setattr(export, "check_login", lambda _name: None)
+    run = runs / "positive/run"
+    to = ["--to", str(tmp_path / "to"), "--push-to-hub", "me/positive"]
+    with pytest.raises(ExportError, match="which others do not have"):
+        planned(run, "--what", "adapter", "--base", "/models/elsewhere", *to)
+    _, config = open_run("", str(run))
+    write_export(planned(run, "--what", "merged", *to), config, "a command")
+    card = (tmp_path / "to/README.md").read_text()
+    assert "\n# me/positive\n" in card and 'from_pretrained("me/positive")' in card and "base_model:" not in card
+    write_export(
+        planned(run, "--what", "adapter", "--base", "/models/elsewhere", "--to", str(tmp_path / "moved")), config, "a"
+    )
+    card = (tmp_path / "moved/README.md").read_text()
+    assert "base_model:" not in card and "The base is a folder of one machine" in card
+    assert not [warning for warning in recwarn if "config file" in str(warning.message)]
+
+
 def planned(run: Path, *options: str) -> Export:
     asked = export.parse([str(run), *options])
     return export.plan(*open_run("", asked.run), asked)
@@ -164,6 +200,7 @@ def test_a_hub_name_stays_a_folder_becomes_absolute_and_another_name_wins(runs, 
         ("positive", ["--what", "adapter", "--push-to-hub", "me/x"], "which others do not have; name it as it is on"),
         ("positive", ["--what", "merged", "--push-to-hub", "me/x"], "not logged in; run `hf auth login`"),
         ("positive", ["--what", "merged", "--push-to-hub", "not a name"], "--push-to-hub not a name: "),
+        ("positive", ["--what", "merged", "--to", "."], "--to .: it exists and is not an empty folder elsewhere"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_remedy_and_nothing_is_written(
@@ -172,8 +209,9 @@ def test_what_cannot_be_is_refused_with_its_remedy_and_nothing_is_written(
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ExportError, match=re.escape(message)):
-        planned(runs / run / "run", *options, "--to", str(tmp_path / "to"))
+        planned(runs / run / "run", "--to", str(tmp_path / "to"), *options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,7 +220,7 @@ def test_other_faults_are_one_line_and_leave_nothing(runs, tmp_path, capsys):
         assert run_here(export.main, run, "--what", what, "--to", to) == 2
         return capsys.readouterr().err
 
-    assert "it exists and is not an empty folder; name a new one" in refused(runs / "positive/run", runs)
+    assert "it exists and is not an empty folder elsewhere; name a new one" in refused(runs / "positive/run", runs)
     assert "is not a run: it has no config.yaml" in refused(tmp_path / "nowhere", tmp_path / "to")
     (tmp_path / "unfinished").mkdir()
     settings = (runs / "positive/run/config.yaml").read_text()
@@ -217,5 +255,5 @@ def test_files_that_say_something_else_than_the_policy_are_not_kept(runs, tmp_pa
             (tmp_path / path.name).write_bytes(path.read_bytes())
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ExportError, match="so they were not kept"):
-        write_export(Export(tmp_path, "merged", tmp_path / "to", None), config, "a command")
+        write_export(Export(tmp_path, "merged", tmp_path / "to", None, "to"), config, "a command")
     assert not (tmp_path / "to").exists() and not (tmp_path / ".to.writing").exists()

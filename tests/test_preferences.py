@@ -17,7 +17,7 @@ from pipeline.data.preferences import read_preferences
 from pipeline.data.sources import DataError
 from pipeline.errors import UserError
 from pipeline.intervals import rank_agreement, rank_figures, wilson_interval
-from pipeline.judging import KEY_COLUMNS, SHEET_COLUMNS, key_path, read_marks, write_judge_file
+from pipeline.judging import KEY_COLUMNS, OF_SAMPLES, SHEET_COLUMNS, key_path, read_marks, write_judge_file
 from pipeline.preferences import Readings, preference_figures, preferences_table, preferred, read_once, tokenized
 from pipeline.rewards.sentiment import SentimentReward
 
@@ -284,6 +284,11 @@ def test_of_two_workers_one_writes_the_judge_file_and_both_end(run, tmp_path):
         ("a.csv", "prompt,chosen,rejected\na,b, \n", "line 2: rejected is empty"),
         ("a.jsonl", '{"prompt": "a", "chosen": ["b"], "rejected": "c"}\n', "line 1: chosen=['b'] is not a text"),
         ("a.csv", b"text,rating\n\xff\xfe,1\n", "cannot be read"),
+        ("a.csv", 'text,rating\na,1\n"b"c,1\n', "line 3: "),
+        ("a.jsonl", '{"text": "a", "rating": true}\n', "line 1: rating=True is not a finite number"),
+        ("a.csv", "text,rating\na,1_0\n", "line 2: rating='1_0' is not a finite number"),
+        ("a.jsonl", f'{{"text": "a", "rating": 1{"0" * 400}}}\n', "line 1: rating="),
+        ("a.jsonl", '{"text": "a\\ud83d", "rating": 1}\n', "line 1: text holds half of a character"),
     ],
 )
 def test_a_file_that_cannot_serve_is_refused_by_name_and_line(tmp_path, name, content, fault):
@@ -296,7 +301,7 @@ def test_a_file_that_cannot_serve_is_refused_by_name_and_line(tmp_path, name, co
 
 
 def test_a_bad_file_ends_the_command_before_a_model_is_loaded(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.evaluate.prepare", lambda *_: pytest.fail("models were loaded"))
+    monkeypatch.setattr("pipeline.evaluate.make_reward", lambda *_: pytest.fail("models were loaded"))
     assert run_here(evaluate.main, run, "--preferences", tmp_path / "no.csv") == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'no.csv'}: there is no such file")
 
@@ -336,7 +341,7 @@ def test_the_judge_file_hides_which_is_which_and_the_key_tells(judged):
     sheet = judged / "judge.csv"
     assert write_judge_file(judged, sheet) == 400
     rows, key = table(sheet), {row["id"]: row["tuned"] for row in table(key_path(sheet))}
-    assert tuple(rows[0]) == SHEET_COLUMNS and tuple(table(key_path(sheet))[0]) == KEY_COLUMNS
+    assert tuple(rows[0]) == SHEET_COLUMNS and tuple(table(key_path(sheet))[0]) == (*KEY_COLUMNS, OF_SAMPLES)
     tuned_is_b = np.array([row["response_b"].startswith("new") for row in rows])
     assert [key[row["id"]] == "b" for row in rows] == tuned_is_b.tolist()
     assert {row["better"] for row in rows} == {""}
@@ -442,6 +447,11 @@ def test_the_commands_write_a_judge_file_and_read_its_marks_back(run, tmp_path, 
     found = json.loads((run / "marks.json").read_text())
     assert found["wins"] == sum(side == "a" for side in key.values()) and found["wins"] + found["losses"] == len(key)
     assert f"{found['win_rate']:.3f}" in (run / "marks.md").read_text()
+    assert "was not written from the samples" not in capsys.readouterr().out
+    key = key_path(sheet).read_text(encoding="utf-8-sig")
+    key_path(sheet).write_text(key.replace(found["samples"], "0000abcd"))
+    assert run_here(evaluate.main, run, "--read-marks", sheet) == 0
+    assert f"was not written from the samples that {run} has now" in capsys.readouterr().out
 
 
 # The real set.

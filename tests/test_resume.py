@@ -1,5 +1,6 @@
 """A run that is cut off, however, goes on as if nothing had been."""
 
+import gc
 import re
 import signal
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from benchmarks.kill_and_resume import differences, kill_and_resume
 from pipeline import train
 from pipeline.errors import STATUS_FILE_VARIABLE
+from pipeline.models.saving import saved_step
 from pipeline.trainer import PPOTrainer
 
 LORA = ("--use_peft", "--lora_r", "4")
@@ -122,6 +124,25 @@ def test_a_run_under_a_constant_learning_rate_can_be_made_longer(start, tmp_path
     start("linear", stop_before=2)
     code, said = start("linear", "--steps", "4")
     assert code == 2 and "steps was 3 and is 4" in said
+
+
+def test_a_finished_run_that_goes_on_is_none_until_it_is_finished_again(start, tmp_path, monkeypatch):
+    constant = ("--learning_rate_schedule", "constant", "--evaluation_prompts", "4")
+    run = tmp_path / "run"
+    start("run", *constant, "--steps", "2")
+    ended = {"finished", "evaluation.json", "evaluation.md", "evaluation_samples.jsonl", "plane.png", "report.html"}
+    assert ended <= {path.name for path in run.iterdir()}
+    code, _ = start("run", *constant, "--steps", "9", "--resume", str(run), stop_before=3)
+    assert code == 128 + signal.SIGTERM and saved_step(run) == 3
+    assert ended & {path.name for path in run.iterdir()} == {"report.html"}
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "sample", lambda *_: 1 / 0)  # a crash
+        with pytest.raises(ZeroDivisionError):
+            start("run", *constant, "--steps", "4")
+    gc.collect()  # the lock of the run that crashed in this process
+    assert saved_step(run) is None, "what was saved is not of the step at which it ended"
+    code, _ = start("run", *constant, "--steps", "4")
+    assert code == 0 and saved_step(run) == len(metrics(run)) == 4 and ended <= {path.name for path in run.iterdir()}
 
 
 @pytest.mark.parametrize("path", ["none", "run/checkpoints/step_000099"])

@@ -79,7 +79,9 @@ def csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
                         f"commas, quotes or line breaks in double quotes."
                     )
                 yield reader.line_num, row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}; mend the row.") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 
 
@@ -118,14 +120,16 @@ def _text(path: Path, line: int, row: Row, name: str) -> str:
         raise DataError(f"{path}, line {line}: {name}={value!r} is not a text; every row needs one.")
     if name != "prompt" and not value.strip():
         raise DataError(f"{path}, line {line}: {name} is empty; remove the row or fill it.")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(f"{path}, line {line}: {name} holds half of a character (a cut emoji?); remove or mend it.")
     return value
 
 
 def _rating(path: Path, line: int, row: Row) -> float:
     value = row.get("rating")
     try:
-        rating = float(value)
-    except (TypeError, ValueError):
+        rating = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
         rating = math.nan
     if not math.isfinite(rating):
         raise DataError(f"{path}, line {line}: rating={value!r} is not a finite number; remove the row or mend it.")

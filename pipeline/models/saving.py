@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from pipeline.config import RolloutSettings
 from pipeline.models.forward import causal_lm
 from pipeline.models.policy import Policy
 
@@ -13,18 +15,33 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 def save_policy(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, directory: Path, *, max_new_tokens: int, temperature: float
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, directory: Path, rollout: RolloutSettings, *, step: int
 ) -> None:
-    """Write the value head beside what `save_causal_lm` writes."""
-    save_causal_lm(policy.model, tokenizer, directory, max_new_tokens=max_new_tokens, temperature=temperature)
+    """Write the value head, which says after which PPO step it was, beside what `save_causal_lm` writes."""
+    save_causal_lm(policy.model, tokenizer, directory, rollout)
     head = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.value_head.state_dict().items()}
-    save_file(head, directory / VALUE_HEAD_FILE)
+    save_file(head, directory / VALUE_HEAD_FILE, metadata={"step": str(step)})
+
+
+def saved_step(directory: Path) -> int | None:
+    """After which PPO step the policy in `directory` was saved; None where that is not known."""
+    if not (directory / VALUE_HEAD_FILE).is_file():
+        return None
+    with safe_open(directory / VALUE_HEAD_FILE, "pt") as file:
+        step = (file.metadata() or {}).get("step")
+    return None if step is None else int(step)
+
+
+def forget_policy(directory: Path) -> None:
+    """Remove the weights that `save_policy` wrote."""
+    for file in directory.glob("*.safetensors"):
+        file.unlink()
 
 
 def save_causal_lm(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path, *, max_new_tokens: int, temperature: float
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path, rollout: RolloutSettings
 ) -> None:
-    """Write model (or adapter), tokenizer and generation settings into `directory`.
+    """Write model (or adapter), tokenizer and, as generation settings, how the run samples into `directory`.
 
     `AutoModelForCausalLM.from_pretrained(directory)` loads it, and for LoRA
     `PeftModel.from_pretrained(base, directory)` does too.
@@ -32,9 +49,12 @@ def save_causal_lm(
     directory.mkdir(parents=True, exist_ok=True)
     generation = GenerationConfig(
         do_sample=True,
-        top_k=0,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
+        top_k=rollout.top_k,  # 0 is all, here and there
+        top_p=rollout.top_p,
+        temperature=rollout.temperature,
+        min_new_tokens=rollout.eos_min_tokens or None,
+        max_new_tokens=rollout.response_max_tokens,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -111,14 +111,16 @@ COLUMNS: dict[str, tuple[Callable[[Run], float | None], int]] = {
 def comparison_table(groups: Sequence[Group]) -> list[tuple[bool, list[str]]]:
     """Runs as rows of cells, the header first; after several seeds a row of their mean and spread, which is marked."""
     evaluated = [run for group in groups for run in group.runs if run.figures]
-    label = measure_label(shown_measure(evaluated[0]), evaluated[0]) if evaluated else "evaluation"
-    rows = [(False, ["run", "seed", f"{label} after", *COLUMNS, "training time", "outcome"])]
+    labels = list(dict.fromkeys(measure_label(shown_measure(run), run) for run in evaluated))
+    told = labels[0] if len(labels) == 1 else "evaluation"
+    rows = [(False, ["run", "seed", f"{told} after", *COLUMNS, "training time", "outcome"])]
     for group in groups:
         for run in group.runs:
             cells = [""] * (len(COLUMNS) + 1)
             if run.figures:
                 after = run.figures["after"][shown_measure(run)]
-                cells = [f"{after['mean']:.3f} ({_range(after['ci95'])})"]
+                which = "" if len(labels) == 1 else f"{measure_label(shown_measure(run), run)} "
+                cells = [f"{which}{after['mean']:.3f} ({_range(after['ci95'])})"]
                 cells += [_number(read(run), digits) for read, digits in COLUMNS.values()]
             time = duration(run.seconds("step"))
             rows.append((False, [run.name, str(run.config.get("seed")), *cells, time, run.outcome]))

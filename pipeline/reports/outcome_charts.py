@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 BINS = 40  # of a histogram; fewer for few samples
+DIFFERENT = "These runs were rewarded by different measures ({}), which have no axis in common."
 AGAIN = "Not recorded. python -m pipeline.evaluate {run} writes it."
 
 
@@ -24,32 +25,36 @@ def score_charts(groups: Sequence[Group]) -> list[Chart]:
     if not with_samples:
         named = runs[0].directory if len(runs) == 1 else "RUN"
         return [Chart("scores", "Scores before and after", "", None, AGAIN.format(run=named))]
+    measured: dict[tuple[str, str], list[Run]] = {}  # a chart each: (measure, label) -> the runs that have it
+    for run in with_samples:
+        for name in run.samples[0]["after_measures"]:
+            measured.setdefault((name, measure_label(name, run)), []).append(run)
     first = with_samples[0]
-    rewarded = _rewarded(first)
-    names = [name for run in with_samples for name in run.samples[0]["after_measures"]]
-    names = sorted(dict.fromkeys(names), key=lambda name: name != rewarded)
     charts = []
-    for i, name in enumerate(names):
-        label = measure_label(name, first)
-        caption = f"Of the responses to {len(first.samples)} held-out prompts; dashed: the means."
-        if name == rewarded:
+    for i, ((name, label), own) in enumerate(
+        sorted(measured.items(), key=lambda item: item[0] != (_rewarded(first), reward_label(first)))
+    ):
+        caption = f"Of the responses to {len(own[0].samples)} held-out prompts; dashed: the means."
+        if all(_rewarded(run) == name for run in own):
             caption += " This is what was rewarded."
-        charts.append(Chart(f"scores_{i}", f"{label}, before and after", caption, _histogram(name, label, groups)))
+        figure = _histogram(name, label, groups, own)
+        charts.append(Chart(f"scores_{i}", f"{label}, before and after", caption, figure))
     return charts
 
 
-def _histogram(name: str, label: str, groups: Sequence[Group]) -> "Figure":
-    before = _scores([run for group in groups for run in group.runs if run.samples][:1], "before", name)
-    after = [(group, _scores(group.runs, "after", name)) for group in groups]
-    after = [(group, values) for group, values in after if values]
+def _histogram(name: str, label: str, groups: Sequence[Group], own: Sequence[Run]) -> "Figure":
+    """Of one measure, of the runs that have it."""
+    before = _scores(own[:1], "before", name)
+    after = [(group, _scores([run for run in group.runs if run in own], "after", name)) for group in groups]
     count = min(BINS, max(8, round(2 * len(before) ** 0.5)))
-    edges = np.linspace(*_range([before, *(values for _, values in after)]), count + 1)
+    edges = np.linspace(*_range([before, *(values for _, values in after if values)]), count + 1)
     bins = {"start": edges[0], "end": edges[-1], "size": edges[1] - edges[0]}
     figure = new_figure(label, "share of responses")
     alone = len(groups) == 1 and len(groups[0].runs) == 1
     sides = [("before", before, GRAY)]
     for (group, values), colour in zip(after, colours(), strict=False):
-        sides.append(("after" if alone else group.name, values, colour))
+        if values:
+            sides.append(("after" if alone else group.name, values, colour))
     for side, values, colour in sides:
         figure.add_histogram(x=values, name=side, xbins=bins, histnorm="probability", opacity=0.6,
                              marker={"color": colour}, hovertemplate="%{x}: %{y:.1%}")  # fmt: skip
@@ -63,7 +68,10 @@ def plane_chart(groups: Sequence[Group]) -> Chart:
     """The plane of KL and reward: the best possible, the way of each run, and where it ended."""
     runs = [run for group in groups for run in group.runs]
     evaluated = [run for run in runs if run.figures and "reward" in run.figures]
-    reward = measure_label(evaluated[0].figures["reward"]["name"], evaluated[0]) if evaluated else "reward"
+    labels = rewarded_labels(evaluated)
+    if len(labels) > 1:
+        return Chart("plane", "Reward against KL", "", None, DIFFERENT.format(", ".join(labels)), wide=True)
+    reward = labels[0] if labels else "reward"
     figure = new_figure("KL from the original, nats a response", f"mean reward: {reward}")
     alone = len(runs) == 1
     curves = [run.figures["frontier_curve"] for run in evaluated if "frontier_curve" in run.figures]
@@ -72,7 +80,7 @@ def plane_chart(groups: Sequence[Group]) -> Chart:
         _frontier(figure, curves[0], BLUE if alone else GRAY)
     for group, colour in zip(groups, colours(), strict=False):
         for run in group.runs:
-            way = way_of_steps(run.steps)
+            way = way_of_steps(run.steps, _metric(run))
             figure.add_scatter(
                 x=[digits(point["kl"]) for point in way], y=[digits(point["reward"]) for point in way],
                 text=[f"to step {point['step']}" for point in way], mode="lines+markers",
@@ -96,6 +104,8 @@ def plane_chart(groups: Sequence[Group]) -> Chart:
     caption = "Further up and to the left is better: more reward for less distance from the original."
     if curves and not comparable:
         caption += " The best possible is not the same for all of these runs and not drawn."
+    elif any(run.config.get("reward_whitening") for run in runs):
+        caption += " Of a whitened reward there is no best possible: its scale moves."
     elif not curves:
         caption += (
             " The best possible at each KL is not recorded; ./launch.sh frontier, then pipeline.evaluate write it."
@@ -149,11 +159,13 @@ def result_chart(groups: Sequence[Group]) -> Chart:
     """Of several runs: the rewarded measure after training with its interval, and before."""
     figure = new_figure("", "")
     evaluated = [run for group in groups for run in group.runs if run.figures and "reward" in run.figures]
+    labels = rewarded_labels(evaluated)
+    if len(labels) > 1:
+        return Chart("results", "Result of each run", "", None, DIFFERENT.format(", ".join(labels)), wide=True)
     if evaluated:
         names, before = [run.name for run in evaluated], [run.figures["reward"]["before"]["mean"] for run in evaluated]
         figure.add_scatter(x=names, y=before, mode="markers", name="original", marker={"color": GRAY, "size": 8})
-        label = measure_label(evaluated[0].figures["reward"]["name"], evaluated[0])
-        figure.update_yaxes(title={"text": label})
+        figure.update_yaxes(title={"text": labels[0]})
     for group, colour in zip(groups, colours(), strict=False):
         runs = [run for run in group.runs if run in evaluated]
         if not runs:
@@ -170,10 +182,25 @@ def result_chart(groups: Sequence[Group]) -> Chart:
 
 
 def measure_label(name: str, run: Run) -> str:
-    """A measure's name for a reader: the classifier's probability says of which label."""
-    if name == "probability" and run.config.get("reward_label"):
-        return f"P({run.config['reward_label']})"
+    """A measure's name for a reader: the classifier's probability, logit and log-odds say of which label."""
+    label = run.judged_label
+    if name in ("probability", "logit", "log_odds") and label:
+        return f"P({label})" if name == "probability" else f"{name.replace('_', ' ')} of {label}"
     return name.replace("_", " ")
+
+
+def reward_label(run: Run) -> str:
+    """The rewarded measure's name for a reader."""
+    return measure_label(_rewarded(run) or "", run)
+
+
+def rewarded_labels(runs: Sequence[Run]) -> list[str]:
+    """What these evaluated runs were rewarded by, each once."""
+    return list(dict.fromkeys(map(reward_label, runs)))
+
+
+def _metric(run: Run) -> str:
+    return ((run.figures or {}).get("reward") or {}).get("metric", "reward/mean")
 
 
 def _rewarded(run: Run) -> str | None:

@@ -9,6 +9,8 @@ import yaml
 
 from pipeline.checked import ConfigError
 from pipeline.evaluation import EVALUATION_FILE, SAMPLES_FILE
+from pipeline.rewards.protocol import RewardError
+from pipeline.rewards.terms import classifier_of, parse_terms
 from pipeline.run_directory import CONFIG_FILE, FINISHED, FREE_TO_CHANGE, METRICS_FILE
 from pipeline.runtime.environment import read_parts
 
@@ -35,6 +37,19 @@ class Run:
     def part_of(self, step: int) -> dict[str, object] | None:
         """The part that took this step; the metrics of a run resumed from elsewhere may be older than all parts."""
         return next((part for part in reversed(self.parts) if part["after_step"] < step), None)
+
+    @property
+    def judged_label(self) -> str | None:
+        """The label whose probability its classifier gave, if one did."""
+        config = {**self.config, **(self.figures or {}).get("settings", {})}
+        reward = config.get("reward", "sentiment")
+        try:
+            terms = parse_terms([reward] if isinstance(reward, str) else reward)
+        except RewardError:  # of another version of the program
+            return None
+        if len(terms) == 1 and terms[0].kind == "classifier":
+            return classifier_of(terms[0])[1]
+        return config.get("reward_label") if any(term.kind == "sentiment" for term in terms) else None
 
     @property
     def outcome(self) -> str:
@@ -69,6 +84,8 @@ def read_run(directory: Path, name: str | None = None) -> Run:
         steps = _lines(directory / METRICS_FILE)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"a file of the run {str(directory)!r} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{str(directory / CONFIG_FILE)!r} holds no settings: {config!r}.")
     return Run(
         directory, name or directory.resolve().name, config, steps, figures, samples if figures else [],
         read_parts(directory), (directory / FINISHED).is_file(),

@@ -57,7 +57,7 @@ class ComposedReward:
         Raises:
             RewardError: one of them broke its contract.
         """
-        return {c.name: checked_scores(c.of_texts, prompts, responses) for c in self.components if c.of_texts}
+        return {c.name: checked_scores(c.of_texts, prompts, responses, c.name) for c in self.components if c.of_texts}
 
     def of_texts_alone(self, prompts: list[str], responses: list[str]) -> Tensor:
         """The weighted sum (n,) of the components that judge texts: for texts that nobody sampled.
@@ -74,9 +74,9 @@ class ComposedReward:
         """Score and measure texts, so that a fault shows; raises `RewardError`."""
         for c in self.components:
             if c.of_texts:
-                checked_scores(c.of_texts, prompts, responses)
+                checked_scores(c.of_texts, prompts, responses, c.name)
             if hasattr(c.of_texts, "measures"):
-                checked_measures(c.of_texts, prompts, responses)
+                checked_measures(c.of_texts, prompts, responses, c.name)
 
     def raw(self, text_scores: dict[str, Tensor], reading: Reading | None) -> Tensor:
         """All components' raw scores, (n, K), on the CPU; `reading` may be None where none `reads`."""
@@ -106,16 +106,21 @@ class ComposedReward:
             if c.of_reading:
                 raw[c.name] = figures[c.name] = checked(c.name, c.of_reading(reading), len(reading.mask))
             elif c.name == SENTIMENT or len(self.components) == 1:
-                scales, own = checked_measures(c.of_texts, prompts, responses), _scale(c.of_texts)
+                scales, own = checked_measures(c.of_texts, prompts, responses, c.name), _scale(c.of_texts)
                 if own not in scales:  # measures beside the score
-                    scales = {own: checked_scores(c.of_texts, prompts, responses), **scales}
+                    scales = {own: checked_scores(c.of_texts, prompts, responses, c.name), **scales}
                 raw[c.name] = scales[own]
                 figures |= scales
             else:
-                raw[c.name] = figures[c.name] = checked_scores(c.of_texts, prompts, responses)
+                raw[c.name] = figures[c.name] = checked_scores(c.of_texts, prompts, responses, c.name)
         if self.is_sum and not self.whitening:
             figures[TOTAL] = self.weighted(torch.stack(list(raw.values()), 1)).sum(1)
         return figures
+
+    @property
+    def metric(self) -> str:
+        """Which of a step's figures is the mean of that measure."""
+        return f"reward/{self.components[0].name}/raw_mean" if self.whitening else "reward/mean"
 
     @property
     def measure(self) -> str:

@@ -9,11 +9,11 @@ import torch
 
 from pipeline.rewards import reading
 from pipeline.rewards.composed import Component, ComposedReward
-from pipeline.rewards.protocol import Reward, RewardError
+from pipeline.rewards.protocol import Reward, RewardError, short
 from pipeline.rewards.remote import RemoteReward
 from pipeline.rewards.repetition import Repetition
-from pipeline.rewards.sentiment import Scale, SentimentReward, label_index
-from pipeline.rewards.terms import Term, length_range
+from pipeline.rewards.sentiment import Scale, SentimentReward, has_logits_alone, label_index
+from pipeline.rewards.terms import Term, classifier_of, length_range, repetition_words
 
 
 def check_terms(terms: Sequence[Term], *, model_path: str, label: str) -> None:
@@ -24,7 +24,8 @@ def check_terms(terms: Sequence[Term], *, model_path: str, label: str) -> None:
     """
     for term in terms:
         if term.kind in ("sentiment", "classifier"):
-            label_index(*_classifier(term, model_path, label))
+            path, own_label, setting = _classifier(term, model_path, label)
+            label_index(path, own_label, setting)
         elif term.kind == "function":
             load_function(term.source)
 
@@ -44,7 +45,7 @@ def load_reward(
 
     Args:
         model_path, label: the classifier of `sentiment`.
-        scale: of all classifiers' scores.
+        scale: of all classifiers' scores, but for a `classifier:` of one output, which has a logit only.
         batch_size: texts a forward or request.
         timeout: seconds, of a remote reward.
 
@@ -57,11 +58,14 @@ def load_reward(
         if term.kind == "remote":
             return RemoteReward(term.source, batch_size=batch_size, timeout=timeout)
         if term.kind == "repetition":
-            return Repetition(int(term.source.partition(":")[2] or 3))
+            return Repetition(repetition_words(term.source))
         if term.kind == "function":
             return load_function(term.source)
-        path, own_label = _classifier(term, model_path, label)
-        return SentimentReward(path, label=own_label, scale=scale, batch_size=batch_size, device=device)
+        path, own_label, setting = _classifier(term, model_path, label)
+        own_scale = "logit" if term.kind == "classifier" and has_logits_alone(path, setting) else scale
+        return SentimentReward(
+            path, label=own_label, scale=own_scale, batch_size=batch_size, device=device, setting=setting
+        )
 
     def component(term: Term) -> Component:
         if term.kind == "length":
@@ -74,11 +78,12 @@ def load_reward(
     return ComposedReward([component(term) for term in terms], whitening)
 
 
-def _classifier(term: Term, model_path: str, label: str) -> tuple[str, str]:
+def _classifier(term: Term, model_path: str, label: str) -> tuple[str, str, str]:
+    """Path, label, and the setting that names them."""
     if term.kind == "sentiment":
-        return model_path, label
-    path, _, own_label = term.source.removeprefix("classifier:").rpartition(":")
-    return path, own_label
+        return model_path, label, "reward_model_path"
+    path, own_label = classifier_of(term)
+    return path, own_label, "reward"
 
 
 def load_function(path: str) -> Callable:
@@ -94,8 +99,10 @@ def load_function(path: str) -> Callable:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may fail in any way
-        raise RewardError(f"reward={path!r}: importing {module_name} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the user's module may fail in any way
+        raise RewardError(
+            f"reward={path!r}: importing {module_name} raised {type(error).__name__}: {short(error)}"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise RewardError(f"reward={path!r}: the module {module_name} has no function {name!r}.")

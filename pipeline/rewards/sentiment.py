@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from pipeline.models.kernels import many_forwards, use_fast_kernels
 from pipeline.models.loading import ModelError, opening
@@ -15,7 +15,8 @@ Scale = Literal["logit", "probability", "log_odds"]
 class SentimentReward:
     """Scores texts by the logit, the probability or the log-odds of one label of a classifier.
 
-    `lvwerra/distilbert-imdb` and the shipped `assets/distilbert-imdb-mini` have the labels NEGATIVE and POSITIVE.
+    `lvwerra/distilbert-imdb` and the shipped `assets/distilbert-imdb-mini` have the labels NEGATIVE and POSITIVE. Of
+    a text longer than the classifier reads, its end is judged, which is where the response is.
     """
 
     def __init__(
@@ -26,24 +27,28 @@ class SentimentReward:
         scale: Scale = "logit",
         batch_size: int = 128,
         device: torch.device | str = "cpu",
+        setting: str = "reward_model_path",
     ):
         """
         Args:
             model_path: a path or a Hub name of a sequence classifier.
             label: found by name in the classifier's configuration, case ignored.
-            scale: `log_odds` is the label's logit minus the log-sum-exp of the others'.
+            scale: `log_odds` is the label's logit minus the log-sum-exp of the others', and `probability` their
+                sigmoid; where labels do not exclude each other (`problem_type` is multi_label_classification), the
+                label's logit itself, as transformers' text-classification pipeline has it.
             batch_size: texts a forward.
+            setting: of the recipe, which names `model_path` in messages.
 
         Raises:
             ModelError: the classifier cannot be opened or has no such label.
         """
-        self.label_index = label_index(model_path, label)
+        self.label_index = label_index(model_path, label, setting)
         self.scale: Scale = scale
         self.batch_size = batch_size
-        with opening(model_path, "reward_model_path"):
-            if scale != "logit" and AutoConfig.from_pretrained(model_path).num_labels == 1:
+        with opening(model_path, setting):
+            if scale != "logit" and has_logits_alone(model_path, setting):
                 raise ModelError(f"reward_scale={scale!r}: {model_path!r} has one output; its only scale is logit.")
-            self.tokenizer = AutoTokenizer.from_pretrained(model_path)
+            self.tokenizer = AutoTokenizer.from_pretrained(model_path, truncation_side="left")
             self.model = AutoModelForSequenceClassification.from_pretrained(model_path, dtype=torch.float32)
         use_fast_kernels(self.model, device).requires_grad_(False).eval().to(device)
         self.max_length = min(self.tokenizer.model_max_length, _positions(self.model))
@@ -56,11 +61,14 @@ class SentimentReward:
         """Every scale at once: {"logit", "probability", "log_odds"}, each (n,) float32 on the CPU."""
         logits = self._logits([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
         own = logits[:, self.label_index]
-        if logits.shape[1] == 1:  # a reward model with one output has neither probability nor odds
+        if _each_for_itself(self.model.config):
+            log_odds = own
+        elif logits.shape[1] == 1:  # a reward model has neither probability nor odds
             return {"logit": own}
-        others = logits.clone()
-        others[:, self.label_index] = -torch.inf
-        log_odds = own - others.logsumexp(-1)
+        else:
+            others = logits.clone()
+            others[:, self.label_index] = -torch.inf
+            log_odds = own - others.logsumexp(-1)
         return {"logit": own, "probability": log_odds.sigmoid(), "log_odds": log_odds}
 
     @torch.no_grad()
@@ -88,18 +96,30 @@ def _positions(model: torch.nn.Module) -> int:
     return positions
 
 
-def label_index(model_path: str, label: str) -> int:
+def _each_for_itself(config: PreTrainedConfig) -> bool:
+    """Whether several labels may be true of one text."""
+    return config.problem_type == "multi_label_classification"
+
+
+def has_logits_alone(model_path: str, setting: str = "reward_model_path") -> bool:
+    """Whether it is a reward model with one output, whose only scale is the logit; raises `ModelError`."""
+    with opening(model_path, setting):
+        config = AutoConfig.from_pretrained(model_path)
+    return config.num_labels == 1 and not _each_for_itself(config)
+
+
+def label_index(model_path: str, label: str, setting: str = "reward_model_path") -> int:
     """Position of `label` among a classifier's outputs, read from its configuration alone.
 
     Raises:
         ModelError: the configuration cannot be opened or names no such label.
     """
-    with opening(model_path, "reward_model_path"):
+    with opening(model_path, setting):
         labels = AutoConfig.from_pretrained(model_path).id2label
     for index, name in labels.items():
         if name.lower() == label.lower():
             return int(index)
     raise ModelError(
         f"the classifier {model_path!r} has no label {label!r}; its labels are {', '.join(labels.values())}. "
-        f"Set reward_label to one of them."
+        f"Set {'reward_label' if setting == 'reward_model_path' else setting} to one of them."
     )

@@ -14,11 +14,15 @@ BUILT_IN = {
     "repetition": r"(:[1-9])?",
     "length": r":\d+-\d+",
 }  # name -> the form of what may follow it
-TAKEN = {"reward", "score", "logit", "probability", "log_odds"}  # what evaluations call other figures
+TAKEN = {
+    "reward", "score", "logit", "probability", "log_odds", "distinct_1", "distinct_2", "repeated_3", "perplexity",
+    "response_tokens_mean",
+}  # what evaluations call other figures  # fmt: skip
 FORMS = (
-    "sentiment, fluency, coherence, repetition, repetition:N, length:MIN-MAX, classifier:PATH:LABEL, "
+    "sentiment, fluency, coherence, repetition, repetition:N (1 to 9), length:MIN-MAX, classifier:PATH:LABEL, "
     "package.module:function or http://…, each with =WEIGHT where it is not 1"
 )
+NGRAM = 3  # words of what `repetition` counts
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,15 @@ def parse_terms(reward: Sequence[str]) -> list[Term]:
         source = source or text
         if not abs(weight) < float("inf") or weight == 0:
             raise RewardError(f"reward={text!r}: the weight must be a number other than 0; leave out what has none.")
-        if any(term.source == source for term in terms):
-            raise RewardError(f"reward: {source!r} stands there twice.")
         term = Term(source, weight, "")
         _check_form(term)
+        if any(_meaning(other) == _meaning(term) for other in terms):
+            raise RewardError(f"reward: {source!r} stands there twice.")
+        if source != text and _lacks_a_value(term):
+            raise RewardError(
+                f"reward={text!r}: is {number} the weight, or does it belong to the address? Write {source}=={number} "
+                f"or {text}=1."
+            )
         terms.append(Term(source, weight, _free_name(_short_name(term), TAKEN | {other.name for other in terms})))
     if not terms:
         raise RewardError(f"reward is empty; give one or more of {FORMS}.")
@@ -82,6 +91,27 @@ def _check_form(term: Term) -> None:
             raise RewardError(f"reward={source!r}: the range must be of at least 1 token, the smaller number first.")
 
 
+def _lacks_a_value(term: Term) -> bool:
+    """Whether it is an address that ends in a parameter without a value, which may be what was taken for a weight."""
+    _, query, parameters = term.source.partition("?")
+    return term.kind == "remote" and bool(query) and "=" not in parameters.rpartition("&")[2]
+
+
+def _meaning(term: Term) -> tuple[str, ...]:
+    return ("repetition", str(repetition_words(term.source))) if term.kind == "repetition" else (term.source,)
+
+
+def repetition_words(source: str) -> int:
+    """N of `repetition:N`."""
+    return int(source.partition(":")[2] or NGRAM)
+
+
+def classifier_of(term: Term) -> tuple[str, str]:
+    """Path and label of `classifier:PATH:LABEL`."""
+    path, _, label = term.source.removeprefix("classifier:").rpartition(":")
+    return path, label
+
+
 def length_range(source: str) -> tuple[int, int]:
     """Smallest and largest number of tokens of `length:MIN-MAX`."""
     low, _, high = source.removeprefix("length:").partition("-")
@@ -93,6 +123,8 @@ def _short_name(term: Term) -> str:
         name = term.source.partition("://")[2]
     elif term.kind in ("classifier", "function"):
         name = term.source.rpartition(":")[2]
+    elif term.kind == "repetition" and ":" in term.source:
+        name = f"repetition_{repetition_words(term.source)}"
     else:
         name = term.kind
     return re.sub(r"[^\w.-]+", "_", name.lower()).strip("_") or "reward"

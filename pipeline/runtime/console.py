@@ -81,8 +81,8 @@ class Console:
             self.say(self._line)
         for prompt, response, given in rows:
             line = Text("    ")
-            line.append(prompt.replace("\n", " "), style="dim")
-            line.append(" |" + response.replace("\n", " "))
+            line.append(_printable(prompt), style="dim")
+            line.append(" |" + _printable(response))
             line.append(f"  [{given}]", style="bold")
             if not self.quiet:
                 self._print(line)
@@ -93,7 +93,7 @@ class Console:
         for name in rows[0]:
             table.add_column(name, overflow="fold")
         for row in rows[1:]:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(_printable(cell)) for cell in row))
         if not self.quiet:
             self._print(table, soft_wrap=False)
 
@@ -110,3 +110,8 @@ class Console:
                 if live is not None:
                     live.stop()  # or it would keep stderr to itself
                 print(f"warning: the console failed ({error!r}); the run goes on without it.", file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """The text on one line, without what would move a terminal's cursor or clear it."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)

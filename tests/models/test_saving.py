@@ -1,18 +1,22 @@
 """What is saved loads with plain transformers and PEFT and says the same."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from pipeline.config import RolloutSettings
 from pipeline.models.building import build_policy_and_reference, load_tuned
 from pipeline.models.loading import LoraSettings, ModelError, load_tokenizer
 from pipeline.models.packing import pack
 from pipeline.models.policy import Policy
-from pipeline.models.saving import load_value_head, save_policy
+from pipeline.models.saving import forget_policy, load_value_head, save_policy, saved_step
 
 TOKENS = torch.tensor([[3, 4, 5, 6]])
+ROLLOUT = RolloutSettings(response_max_tokens=11, temperature=0.8, top_k=5, top_p=0.9, eos_min_tokens=2)
 
 
 def close(actual, expected):
@@ -37,7 +41,7 @@ def saved(request, tiny_lm, tmp_path_factory):
     lora = LoraSettings(4, 8, None, seed=0) if request.param == "lora" else None
     policy = trained(tiny_lm, lora)
     folder = tmp_path_factory.mktemp(request.param) / "not" / "there" / "yet"
-    save_policy(policy, load_tokenizer(tiny_lm), folder, max_new_tokens=11, temperature=0.8)
+    save_policy(policy, load_tokenizer(tiny_lm), folder, ROLLOUT, step=7)
     return request.param, policy, folder
 
 
@@ -76,7 +80,8 @@ def test_the_value_head_reloads(saved, tiny_lm):
 def test_generation_settings_and_tokenizer_are_there(saved, tokenizer):
     _, _, folder = saved
     settings = GenerationConfig.from_pretrained(folder)
-    assert (settings.do_sample, settings.top_k, settings.max_new_tokens, settings.temperature) == (True, 0, 11, 0.8)
+    assert (settings.do_sample, settings.max_new_tokens, settings.temperature) == (True, 11, 0.8)
+    assert (settings.top_k, settings.top_p, settings.min_new_tokens) == (5, 0.9, 2)
     assert settings.eos_token_id == settings.pad_token_id == tokenizer.eos_token_id
     reloaded = AutoTokenizer.from_pretrained(folder)
     text = "the film was great"
@@ -97,6 +102,18 @@ def test_load_tuned_brings_back_policy_and_reference(saved, tiny_lm):
     assert not tuned.training
 
 
+def test_the_step_is_kept_with_the_model_and_both_go_together(saved, tmp_path):
+    _, _, folder = saved
+    assert saved_step(folder) == 7 and saved_step(tmp_path) is None
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    forget_policy(copy)
+    assert {file.name for file in folder.iterdir()} - {file.name for file in copy.iterdir()} in (
+        {"model.safetensors", "value_head.safetensors"},
+        {"adapter_model.safetensors", "value_head.safetensors"},
+    )
+
+
 def test_load_tuned_refuses_a_folder_without_a_finished_run(tiny_lm, tmp_path):
     with pytest.raises(ModelError, match=r"holds no trained model \(no value_head.safetensors\)"):
         load_tuned(tiny_lm, tmp_path, use_peft=False, device="cpu")
@@ -104,7 +121,7 @@ def test_load_tuned_refuses_a_folder_without_a_finished_run(tiny_lm, tmp_path):
 
 def test_a_run_that_started_from_an_adapter_saves_the_trained_one_alone(tiny_lm, tmp_path, tokenizer):
     first = trained(tiny_lm, LoraSettings(4, 8, None, seed=0))
-    save_policy(first, tokenizer, tmp_path / "first", max_new_tokens=11, temperature=1.0)
+    save_policy(first, tokenizer, tmp_path / "first", ROLLOUT, step=1)
     policy, _ = build_policy_and_reference(
         tiny_lm, lora=LoraSettings(4, 8, None, seed=0), adapter_path=str(tmp_path / "first"), device="cpu"
     )
@@ -112,7 +129,7 @@ def test_a_run_that_started_from_an_adapter_saves_the_trained_one_alone(tiny_lm,
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    save_policy(policy, tokenizer, tmp_path / "second", max_new_tokens=11, temperature=1.0)
+    save_policy(policy, tokenizer, tmp_path / "second", ROLLOUT, step=2)
     assert not (tmp_path / "second" / "reference").exists()
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_lm), tmp_path / "second").eval()
     close(logits_of(loaded), logits_of(policy.model))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.reports.facts import comparison_table, duration, time_table, wall_seconds
+from pipeline.reports.outcome_charts import plane_chart, result_chart, score_charts
 from pipeline.reports.records import Run, grouped
 from pipeline.reports.step_charts import POINTS, over_seeds, series
 
@@ -68,6 +69,31 @@ def test_the_table_of_several_runs_ends_a_group_with_mean_deviation_and_range():
     assert rows[0][1][2] == "P(POSITIVE) after" and rows[1][1][2:4] == ["0.800 (0.790 to 0.810)", "4.00"]
     spread, cells = rows[-1]
     assert spread and cells[2:4] == ["0.850 ± 0.071 (0.800 to 0.900)", "5.00 ± 1.41 (4.00 to 6.00)"]
+
+
+def test_runs_rewarded_by_different_labels_share_no_column_and_no_axis():
+    def judged(name, mean, **config):
+        side = {"mean": mean, "median": mean, "ci95": [mean, mean]}
+        texts = {"distinct_2": 0.5, "perplexity": 80.0}
+        figures = {"before": {"probability": side, **texts}, "after": {"probability": side, **texts}, "kl": 1.0,
+                   "kl_ci95": [1.0, 1.0], "reward": {"name": "probability", "before": side, "after": side}}  # fmt: skip
+        row = {"before_measures": {"probability": mean}, "after_measures": {"probability": mean}}
+        return Run(Path(name), name, config, [], figures, [row] * 4, [], True)
+
+    runs = [judged("a", 0.25, reward=["sentiment"], reward_label="POSITIVE"),
+            judged("b", 0.75, reward=["classifier:some/where:NEGATIVE=-1"], reward_label="POSITIVE"),
+            judged("c", 0.5, reward=["sentiment"], reward_label="NEGATIVE")]  # fmt: skip
+    rows = [cells for _, cells in comparison_table(grouped(runs))]
+    assert [row[2].partition(" (")[0] for row in rows] == [
+        "evaluation after", "P(POSITIVE) 0.250", "P(NEGATIVE) 0.750", "P(NEGATIVE) 0.500",
+    ]  # fmt: skip
+    for chart in (plane_chart(grouped(runs)), result_chart(grouped(runs))):
+        assert chart.figure is None and "P(POSITIVE), P(NEGATIVE)" in chart.missing
+    charts = {chart.title: chart for chart in score_charts(grouped(runs))}
+    assert list(charts) == ["P(POSITIVE), before and after", "P(NEGATIVE), before and after"]
+    positive, negative = ([[*trace.x] for trace in chart.figure.data] for chart in charts.values())
+    assert positive == [[0.25] * 4] * 2 and negative == [[0.75] * 4, [0.75] * 4, [0.5] * 4]
+    assert plane_chart(grouped(runs[1:])).figure is not None
 
 
 @pytest.mark.parametrize("seconds, told", [(0.04, "0.0 s"), (59.94, "59.9 s"), (192.4, "3:12"), (3723, "1:02:03")])

@@ -127,7 +127,8 @@ def test_each_chart_over_steps_is_drawn_with_a_point_a_step(page):
 
 def test_score_histograms_hold_all_samples_and_the_plane_the_frontier_the_way_and_the_overspend(page):
     drawn = cards(page)
-    for title in ("P(POSITIVE), before and after", "logit, before and after", "log odds, before and after"):
+    for measure in ("P(POSITIVE)", "logit of POSITIVE", "log odds of POSITIVE"):
+        title = f"{measure}, before and after"
         assert drawn[title]["points"] == [PROMPTS, PROMPTS] and drawn[title]["shapes"] > 2
     plane = drawn["Reward against KL"]
     points = dict(zip(plane["names"], plane["points"], strict=True))
@@ -175,7 +176,7 @@ def test_samples_are_filtered_by_text_by_change_and_by_score_in_any_measure(tabl
     table.fill("#search", "no response says this")
     assert column(table, 1) == [] and table.locator("#place").inner_text().startswith("none")
     table.fill("#search", "")
-    table.select_option("#measure", label="logit")
+    table.select_option("#measure", label="logit of POSITIVE")
     before, after = (
         [float(f"{row[f'{side}_measures']['logit']:.6g}") for row in samples] for side in ("before", "after")
     )

@@ -71,6 +71,11 @@ def test_a_fault_in_the_report_is_a_warning(resumed, tmp_path, capsys):
     assert re.search(r"warning: no report.html \(ConfigError: .*cannot be read", capsys.readouterr().out)
 
 
-def test_a_directory_that_is_no_run_is_named(tmp_path, capsys):
+def test_a_directory_that_is_no_run_is_named_and_not_made(tmp_path, capsys):
+    missing = tmp_path / "not" / "there"
+    assert run_here(report.main, missing) == BAD_SETTINGS
+    assert f"{str(missing)!r} is not a run: it has no config.yaml" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "config.yaml").touch()
     assert run_here(report.main, tmp_path) == BAD_SETTINGS
-    assert f"{str(tmp_path)!r} is not a run: it has no config.yaml" in capsys.readouterr().err
+    assert "holds no settings" in capsys.readouterr().err

@@ -61,6 +61,7 @@ def test_scores_of_any_numeric_kind_become_plain_float32(result):
         ("abc", "returned str, not numbers"),
         (None, "returned NoneType, not numbers"),
         ([1.0, None, 2.0], "returned list, not numbers"),
+        ([1.0, 10**400, 2.0], "returned list, not numbers"),
         ({"score": 1.0}, "returned dict, not numbers"),
         ([[1.0], [2.0, 3.0], []], "returned list, not numbers"),
     ],
@@ -76,9 +77,20 @@ def test_a_reward_that_raises_is_named_with_what_it_raised():
     def failing(prompts, responses):
         raise KeyError("lexicon")
 
-    with pytest.raises(RewardError, match=r"failing raised KeyError: 'lexicon'") as caught:
+    place = r"\(.*test_protocol.py, line \d+\)"
+    with pytest.raises(RewardError, match=f"failing raised KeyError: 'lexicon' {place}") as caught:
         checked_scores(failing, PROMPTS, RESPONSES)
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("error", [ValueError("one\nof two lines"), SystemExit("done")])
+def test_whatever_a_reward_raises_is_one_line_under_its_name_in_the_recipe(error):
+    def failing(prompts, responses):
+        raise error
+
+    with pytest.raises(RewardError, match=f"the reward calm_2 raised {type(error).__name__}") as caught:
+        checked_scores(failing, PROMPTS, RESPONSES, "calm_2")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_reward_object_is_named_by_its_class():

@@ -10,6 +10,8 @@ from pipeline.rewards import remote
 from pipeline.rewards.protocol import RewardError, checked_scores
 from pipeline.rewards.remote import RemoteReward
 
+CUT_SHORT = 206  # of the answers below: the connection breaks before their end
+
 
 class Server(ThreadingHTTPServer):
     """Answers with the number of characters of each response, or with what stands in `answers`, one a request."""
@@ -37,7 +39,9 @@ class Handler(BaseHTTPRequestHandler):
         scores = {"scores": [float(len(response)) for response in asked["responses"]]}
         status, body = self.server.answers.pop(0) if self.server.answers else (200, json.dumps(scores))
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) + (status == CUT_SHORT)))
+        if status == 429:
+            self.send_header("Retry-After", "3600")
         self.end_headers()
         self.wfile.write(body.encode())
 
@@ -47,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(remote, "RETRIES", 2)
+    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -67,6 +71,27 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(server):
     assert len(server.asked) == 3
 
 
+def test_an_answer_that_breaks_off_is_asked_for_again(server):
+    server.answers = [(CUT_SHORT, '{"scores": [4')]
+    assert RemoteReward(server.url, batch_size=8, timeout=5)(["p"], ["four"]) == [4.0]
+    assert len(server.asked) == 2
+
+
+def test_a_server_that_names_a_time_is_waited_for_but_not_for_an_hour(server, monkeypatch):
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    server.answers = [(429, "busy"), (503, "loading")]
+    assert RemoteReward(server.url, batch_size=8, timeout=5)(["p"], ["four"]) == [4.0]
+    assert slept == [60.0, 0.0]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:port/", "http://127.0.0.1:99999/x"])
+def test_what_is_no_address_is_said_at_once(url):
+    with pytest.raises(RewardError, match=f"{url} is no address") as caught:
+        RemoteReward(url, batch_size=8, timeout=5)(["p"], ["r"])
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("status", "body", "fault"),
     [
@@ -79,6 +104,8 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(server):
         (200, '{"scores": 1.0}', "gave 1.0 for 1 responses"),
         (200, '{"scores": ["high"]}', "not numbers"),
         (200, '{"scores": [NaN]}', "must be finite"),
+        (200, f'{{"scores": [{"9" * 400}]}}', "not numbers"),
+        (404, "<html>\n<body>nothing", "answered 404: <html> <body>nothing"),
     ],
 )
 def test_an_answer_that_is_none_is_an_error_that_quotes_it(server, status, body, fault):

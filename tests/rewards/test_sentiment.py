@@ -12,6 +12,7 @@ from transformers import (
     AutoTokenizer,
     RobertaConfig,
     RobertaForSequenceClassification,
+    pipeline,
 )
 
 from pipeline.models.loading import ModelError
@@ -25,7 +26,7 @@ TEXTS = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, stric
 @torch.no_grad()
 def direct_logits(folder: str, text: str) -> torch.Tensor:
     """(labels,) from transformers alone, one text, no padding."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     return model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=64)).logits[0]
 
@@ -121,17 +122,30 @@ def test_empty_texts_and_no_texts_have_scores_too(classifier):
     assert reward([], []).shape == (0,)
 
 
+def test_labels_that_do_not_exclude_each_other_have_a_probability_each(three_labels, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(three_labels, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"problem_type": "multi_label_classification"}))
+    expected = pipeline("text-classification", str(folder), top_k=None)(TEXTS)
+    expected = [next(found["score"] for found in text if found["label"] == "positive") for text in expected]
+    measures = SentimentReward(str(folder), scale="probability").measures(PROMPTS, RESPONSES)
+    assert measures["probability"].tolist() == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(measures["log_odds"], measures["logit"])
+
+
 @pytest.mark.parametrize("tokenizer_knows", [True, False])
-def test_a_text_beyond_the_classifiers_positions_is_cut_not_refused(classifier, tmp_path, tokenizer_knows):
+def test_of_a_text_beyond_the_classifiers_positions_the_end_is_judged(classifier, tmp_path, tokenizer_knows):
     folder = tmp_path / "copy"
     shutil.copytree(classifier, folder)
     if not tokenizer_knows:  # then the model's own number of positions must do
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         del settings["model_max_length"]
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    text = "the film was good " * 100
-    scores = SentimentReward(str(folder))([text, "the"], [" bad" * 50, " film"])
-    assert scores[0].item() == pytest.approx(direct_logits(classifier, text)[1].item(), abs=1e-5)
+    prompt, response = "the film was good " * 100, "an awful bad film and an actor"
+    scores = SentimentReward(str(folder))([prompt, "the"], [response, " film"])
+    assert scores[0].item() == pytest.approx(direct_logits(classifier, prompt + response)[1].item(), abs=1e-5)
+    assert scores[0].item() != pytest.approx(direct_logits(classifier, prompt)[1].item(), abs=1e-2)
     assert scores[1].item() == pytest.approx(direct_logits(classifier, "the film")[1].item(), abs=1e-5)
 
 

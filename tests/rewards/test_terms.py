@@ -13,7 +13,7 @@ def test_names_and_weights_are_read_and_a_weight_left_out_is_one():
     assert [(t.kind, t.name, t.weight) for t in terms] == [
         ("sentiment", "sentiment", 1.0),
         ("fluency", "fluency", 0.3),
-        ("repetition", "repetition", -0.5),
+        ("repetition", "repetition_2", -0.5),
         ("length", "length", 0.1),
         ("function", "politeness", -1.0),
     ]
@@ -31,6 +31,10 @@ def test_paths_and_addresses_keep_their_colons_and_equal_signs():
     assert [t.weight for t in terms] == [-2.0, 1.0, 0.5]
     assert [t.kind for t in terms] == ["classifier", "remote", "remote"]
     assert [t.name for t in terms] == ["very_toxic", "localhost_8000_score_model_large", "host_score_seed_3"]
+    both = parse_terms(["http://host/score?version==2", "http://host/score?version=2=1", "http://host=2"])
+    assert [(t.source, t.weight) for t in both] == [
+        ("http://host/score?version=", 2.0), ("http://host/score?version=2", 1.0), ("http://host", 2.0),
+    ]  # fmt: skip
 
 
 def test_components_of_one_name_are_told_apart():
@@ -39,7 +43,8 @@ def test_components_of_one_name_are_told_apart():
 
 
 def test_no_component_is_called_what_the_evaluation_calls_something_else():
-    assert [t.name for t in parse_terms(["mine:reward", "mine:probability"])] == ["reward_2", "probability_2"]
+    names = [t.name for t in parse_terms(["mine:reward", "mine:probability", "mine:perplexity"])]
+    assert names == ["reward_2", "probability_2", "perplexity_2"]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +67,9 @@ def test_no_component_is_called_what_the_evaluation_calls_something_else():
         (["sentiment=much"], "reward='sentiment=much' is none of"),
         (["=0.5"], "is none of"),
         (["fluency=1", "fluency=2"], "'fluency' stands there twice"),
+        (["repetition=-1", "repetition:3=-2"], "'repetition:3' stands there twice"),
+        (["repetition:10=-1"], "repetition:N (1 to 9)"),
+        (["http://host/score?version=2"], "Write http://host/score?version==2 or http://host/score?version=2=1"),
     ],
 )
 def test_what_makes_no_sense_is_named_with_what_would(reward, fault):

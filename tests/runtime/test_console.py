@@ -29,7 +29,7 @@ def show(console: Console) -> None:
         console.step(1, SHOWN, 75)
         console.remember({"reward": 0.25, "KL": 1.5})
         console.step(10, SHOWN, 0)
-        console.samples([("the\nfilm", " was [bold]good[/bold]\n:smile:", "+0.50")])
+        console.samples([("the\nfilm", " was [bold]good[/bold]\x1b[2J\x00:smile:", "+0.50")])
         console.table("Before and after", [["", "before", "after"], ["reward [x]", "0.1", "0.2"]])
         console.warn("too little")
         console.say("The end.", always=True)
@@ -43,7 +43,7 @@ def test_without_a_terminal_steps_are_plain_lines(capsys):
         "A run [bold]of[/bold] x.",
         "step  1/10  reward +0.250  KL 1.50  left 1:15",
         "step 10/10  reward +0.250  KL 1.50  left 0:00",
-        "    the film | was [bold]good[/bold] :smile:  [+0.50]",
+        "    the film | was [bold]good[/bold] [2J :smile:  [+0.50]",
     ]
     assert lines[4].strip() == "Before and after"
     assert "reward [x]" in out
