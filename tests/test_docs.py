@@ -1,4 +1,4 @@
-"""Every command in README, docs and the headers of recipes: those that train are parsed as the run would, all others are run on a small run."""
+"""Every command in README, docs and recipes: what trains is parsed as the run would, the rest runs on a small run."""
 
 import argparse
 import csv
@@ -115,6 +115,7 @@ def test_what_takes_long_or_needs_others_knows_its_options(command, monkeypatch)
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.delitem(sys.modules, module, raising=False)  # to run it and not what another test imported
     with pytest.raises(Parsed) as unknown:
         runpy.run_module(module, run_name="__main__")
     assert unknown.value.args == ([],)

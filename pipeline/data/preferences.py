@@ -80,7 +80,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
                     )
                 yield reader.line_num, row
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}; mend the row.") from error
+        raise DataError(f"{path}, line {reader.line_num + 1}: {error}; mend the row.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 
