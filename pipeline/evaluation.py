@@ -31,14 +31,11 @@ from pipeline.rollout.rollout import (
     sample_responses,
 )
 from pipeline.rollout.sampling import sampling_noise, sampling_options
-from pipeline.run_directory import METRICS_FILE
+from pipeline.run_directory import EVALUATION_FILE, EVALUATION_TEXT, METRICS_FILE, PLANE_FILE, SAMPLES_FILE
 from pipeline.runtime.distributed import all_or_none, gather_fields, share
 from pipeline.runtime.engine import autocast
 
 EVALUATION_SEED = 20260  # fixed, so that runs of any seed are compared on the same prompts and noise
-PLANE_FILE = "plane.png"
-EVALUATION_FILE = "evaluation.json"
-SAMPLES_FILE = "evaluation_samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -244,7 +241,7 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
     figures, samples = markdown_table(figures_table(evaluation)), markdown_table(samples_table(evaluation, 20))
     plane = f"![KL and reward of the training]({PLANE_FILE})"
     text = f"# Before and after\n\n{figures}\n\n{plane}\n\n## Samples\n\n{samples}\n"
-    (directory / "evaluation.md").write_text(text, encoding="utf-8")
+    (directory / EVALUATION_TEXT).write_text(text, encoding="utf-8")
 
 
 def figures_table(evaluation: Evaluation) -> list[list[str]]:

@@ -17,12 +17,12 @@ from pipeline.assembly import open_tuned
 from pipeline.config import Config, RolloutSettings
 from pipeline.data.sources import PACKAGE
 from pipeline.errors import UserError
-from pipeline.evaluation import EVALUATION_FILE, Evaluation, figures_table
+from pipeline.evaluation import Evaluation, figures_table
 from pipeline.models.card import markdown_table, stated_licence, write_card
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.saving import save_causal_lm, saved_step
 from pipeline.rewards.terms import SENTIMENT, parse_terms
-from pipeline.run_directory import METRICS_FILE
+from pipeline.run_directory import EVALUATION_FILE, METRICS_FILE
 from pipeline.runtime.checkpoints import is_checkpoint
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1: merging rounds, and everything worse is a fault

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from pipeline.data.preferences import csv_rows, jsonl_rows
 from pipeline.data.sources import DataError
-from pipeline.evaluation import EVALUATION_SEED, SAMPLES_FILE
+from pipeline.evaluation import EVALUATION_SEED
 from pipeline.intervals import wilson_interval
 from pipeline.models.card import markdown_table
+from pipeline.run_directory import SAMPLES_FILE
 from pipeline.runtime.randomness import generator
 
 SHEET_COLUMNS = ("id", "prompt", "response_a", "response_b", "better")

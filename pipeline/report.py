@@ -14,8 +14,9 @@ from pathlib import Path
 
 from pipeline.checked import ConfigError
 from pipeline.errors import user_errors
-from pipeline.reports.page import REPORT_FILE, comparison_page, run_page
+from pipeline.reports.page import comparison_page, run_page
 from pipeline.reports.records import read_run, read_runs
+from pipeline.run_directory import REPORT_FILE
 
 COMPARISON = Path("runs/comparison.html")
 

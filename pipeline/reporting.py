@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.evaluation import PLANE_FILE, Evaluation, figures_table, samples_table, write_evaluation
+from pipeline.evaluation import Evaluation, figures_table, samples_table, write_evaluation
 from pipeline.metrics import Sample, StepReport
-from pipeline.reports.page import REPORT_FILE, write_run_page
-from pipeline.run_directory import CONFIG_FILE, METRICS_FILE
+from pipeline.reports.page import write_run_page
+from pipeline.run_directory import CONFIG_FILE, EVALUATION_FILE, EVALUATION_TEXT, METRICS_FILE, PLANE_FILE, REPORT_FILE
 from pipeline.runtime.console import Console
 from pipeline.runtime.environment import begin_part, end_part
 from pipeline.runtime.tracking import MetricsFile, Trackers
@@ -30,7 +30,7 @@ def show_evaluation(console: Console, evaluation: Evaluation, directory: Path) -
     write_evaluation(evaluation, directory)
     console.table("Samples before and after", samples_table(evaluation, 6))
     console.table("Before and after", figures_table(evaluation))
-    console.say(f"Written to {directory}: evaluation.json, evaluation.md and {PLANE_FILE}")
+    console.say(f"Written to {directory}: {EVALUATION_FILE}, {EVALUATION_TEXT} and {PLANE_FILE}")
     if console.quiet:
         console.say(f"{_outcome(evaluation)}: {directory}", always=True)
 

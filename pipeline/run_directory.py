@@ -18,10 +18,13 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 FINISHED = "finished"  # an empty file: the run has nothing left to do
-# What is said of a run's end, beside its model: of an earlier one, once the run goes on.
-OF_AN_END = (
-    FINISHED, "evaluation.json", "evaluation.md", "evaluation_samples.jsonl", "plane.png", "report.html",
-)  # fmt: skip
+EVALUATION_FILE = "evaluation.json"
+EVALUATION_TEXT = "evaluation.md"
+SAMPLES_FILE = "evaluation_samples.jsonl"
+PLANE_FILE = "plane.png"
+REPORT_FILE = "report.html"
+# What a run's end leaves beside its model; once the run goes on it is of an earlier one.
+OF_AN_END = (FINISHED, EVALUATION_FILE, EVALUATION_TEXT, SAMPLES_FILE, PLANE_FILE, REPORT_FILE)
 
 # What may change between a checkpoint and the run that goes on from it; everything else changes the training.
 FREE_TO_CHANGE = {

@@ -29,10 +29,9 @@ def score_charts(groups: Sequence[Group]) -> list[Chart]:
     for run in with_samples:
         for name in run.samples[0]["after_measures"]:
             measured.setdefault((name, measure_label(name, run)), []).append(run)
-    first = with_samples[0]
     charts = []
     for i, ((name, label), own) in enumerate(
-        sorted(measured.items(), key=lambda item: item[0] != (_rewarded(first), reward_label(first)))
+        sorted(measured.items(), key=lambda item: all(_rewarded(run) != item[0][0] for run in item[1]))
     ):
         caption = f"Of the responses to {len(own[0].samples)} held-out prompts; dashed: the means."
         if all(_rewarded(run) == name for run in own):

@@ -27,17 +27,15 @@ from pipeline.reports.facts import (
 from pipeline.reports.outcome_charts import AGAIN, measure_label, plane_chart, result_chart, score_charts
 from pipeline.reports.records import Group, Run, differing, grouped, read_run
 from pipeline.reports.step_charts import step_charts
+from pipeline.run_directory import REPORT_FILE
 
-REPORT_FILE = "report.html"
 SAMPLES = 5000  # in the page; all are in evaluation_samples.jsonl
 HERE = Path(__file__).parent
 
 
-def write_run_page(directory: Path, to: Path | None = None) -> Path:
-    """Write the report of the run in `directory`, there or to another file; raises `ConfigError` as `read_run` does."""
-    path = to or directory / REPORT_FILE
-    path.write_text(run_page(read_run(directory)), encoding="utf-8")
-    return path
+def write_run_page(directory: Path) -> None:
+    """Write the report of the run in `directory` into it; raises `ConfigError` as `read_run` does."""
+    (directory / REPORT_FILE).write_text(run_page(read_run(directory)), encoding="utf-8")
 
 
 def run_page(run: Run) -> str:

@@ -8,10 +8,16 @@ from pathlib import Path
 import yaml
 
 from pipeline.checked import ConfigError
-from pipeline.evaluation import EVALUATION_FILE, SAMPLES_FILE
 from pipeline.rewards.protocol import RewardError
 from pipeline.rewards.terms import classifier_of, parse_terms
-from pipeline.run_directory import CONFIG_FILE, FINISHED, FREE_TO_CHANGE, METRICS_FILE
+from pipeline.run_directory import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    FINISHED,
+    FREE_TO_CHANGE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+)
 from pipeline.runtime.environment import read_parts
 
 NAMED_SETTINGS = 3  # that differ, in the name of a group
