@@ -188,7 +188,7 @@ PROBED = [
 @pytest.mark.parametrize(("function", "fault"), PROBED)
 def test_a_reward_that_fails_on_the_probe(refused, function, fault):
     error = refused("--reward", f"bad_input_rewards:{function}")
-    assert f"the reward {function}" in error
+    assert f"the reward bad_input_rewards:{function}" in error
     assert fault in error
 
 

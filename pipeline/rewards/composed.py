@@ -23,6 +23,11 @@ class Component:
     of_texts: Reward | None = None
     of_reading: ReadingReward | None = None
     unprompted: bool = False  # of_reading wants the responses read without their prompts as well
+    source: str | None = None  # as the recipe has it, which is what messages call it
+
+    @property
+    def called(self) -> str:
+        return self.source or self.name
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class ComposedReward:
         Raises:
             RewardError: one of them broke its contract.
         """
-        return {c.name: checked_scores(c.of_texts, prompts, responses, c.name) for c in self.components if c.of_texts}
+        return {c.name: checked_scores(c.of_texts, prompts, responses, c.called) for c in self.components if c.of_texts}
 
     def of_texts_alone(self, prompts: list[str], responses: list[str]) -> Tensor:
         """The weighted sum (n,) of the components that judge texts: for texts that nobody sampled.
@@ -74,14 +79,14 @@ class ComposedReward:
         """Score and measure texts, so that a fault shows; raises `RewardError`."""
         for c in self.components:
             if c.of_texts:
-                checked_scores(c.of_texts, prompts, responses, c.name)
+                checked_scores(c.of_texts, prompts, responses, c.called)
             if hasattr(c.of_texts, "measures"):
-                checked_measures(c.of_texts, prompts, responses, c.name)
+                checked_measures(c.of_texts, prompts, responses, c.called)
 
     def raw(self, text_scores: dict[str, Tensor], reading: Reading | None) -> Tensor:
         """All components' raw scores, (n, K), on the CPU; `reading` may be None where none `reads`."""
         return torch.stack([
-            text_scores[c.name] if c.of_texts else checked(c.name, c.of_reading(reading), len(reading.mask))
+            text_scores[c.name] if c.of_texts else checked(c.called, c.of_reading(reading), len(reading.mask))
             for c in self.components
         ], 1)  # fmt: skip
 
@@ -104,15 +109,15 @@ class ComposedReward:
         raw: dict[str, Tensor] = {}
         for c in self.components:
             if c.of_reading:
-                raw[c.name] = figures[c.name] = checked(c.name, c.of_reading(reading), len(reading.mask))
+                raw[c.name] = figures[c.name] = checked(c.called, c.of_reading(reading), len(reading.mask))
             elif c.name == SENTIMENT or len(self.components) == 1:
-                scales, own = checked_measures(c.of_texts, prompts, responses, c.name), _scale(c.of_texts)
+                scales, own = checked_measures(c.of_texts, prompts, responses, c.called), _scale(c.of_texts)
                 if own not in scales:  # measures beside the score
-                    scales = {own: checked_scores(c.of_texts, prompts, responses, c.name), **scales}
+                    scales = {own: checked_scores(c.of_texts, prompts, responses, c.called), **scales}
                 raw[c.name] = scales[own]
                 figures |= scales
             else:
-                raw[c.name] = figures[c.name] = checked_scores(c.of_texts, prompts, responses, c.name)
+                raw[c.name] = figures[c.name] = checked_scores(c.of_texts, prompts, responses, c.called)
         if self.is_sum and not self.whitening:
             figures[TOTAL] = self.weighted(torch.stack(list(raw.values()), 1)).sum(1)
         return figures

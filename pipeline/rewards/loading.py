@@ -69,11 +69,13 @@ def load_reward(
 
     def component(term: Term) -> Component:
         if term.kind == "length":
-            return Component(term.name, term.weight, of_reading=reading.Length(*length_range(term.source)))
+            of_reading = reading.Length(*length_range(term.source))
+            return Component(term.name, term.weight, of_reading=of_reading, source=term.source)
         if term.kind in ("fluency", "coherence"):
             of_reading = getattr(reading, term.kind)
-            return Component(term.name, term.weight, of_reading=of_reading, unprompted=term.kind == "coherence")
-        return Component(term.name, term.weight, of_texts=of_texts(term))
+            unprompted = term.kind == "coherence"
+            return Component(term.name, term.weight, of_reading=of_reading, unprompted=unprompted, source=term.source)
+        return Component(term.name, term.weight, of_texts=of_texts(term), source=term.source)
 
     return ComposedReward([component(term) for term in terms], whitening)
 
