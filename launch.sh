@@ -14,9 +14,10 @@ set -euo pipefail
 usage() {
   cat <<'HELP'
 ./launch.sh                                     train recipes/quickstart.yaml: a small GPT-2, minutes on two cores
-./launch.sh recipes/X.yaml [--setting value …]  train any recipe; settings given here win over the recipe's.
-                                                recipes/sft_* and reward_* train language model and classifier
-sbatch --nodes=2 --gpus-per-node=4 launch.sh recipes/X.yaml [--setting value …]
+./launch.sh recipes/X.yaml [--setting value …]  train any recipe; settings given here win over the recipe's
+./launch.sh sft|reward_model recipes/X.yaml […] train the language model PPO starts from, or a classifier to reward it
+                                                (python -m pipeline.sft, …); ./launch.sh train … is the bare form
+sbatch --nodes=2 --gpus-per-node=4 --cpus-per-task=16 launch.sh recipes/X.yaml [--setting value …]
                                                 the same as a SLURM job (docs/slurm.md)
 ./launch.sh frontier [recipes/X.yaml] […]       estimate the best reward at each KL of a recipe (python -m pipeline.frontier)
 ./launch.sh chat|evaluate|export|report RUN […] try a finished run in the browser, compare it again, take its model out, make
@@ -28,7 +29,11 @@ sbatch --nodes=2 --gpus-per-node=4 launch.sh recipes/X.yaml [--setting value …
 Launcher options, before or after the recipe:
   --config NAME          accelerate_configs/NAME.yaml, or a path; by default cpu, single_gpu or multi_gpu
   --num_processes N      workers on each machine; by default one a GPU, or two on CPU
-  --mixed_precision P    no, bf16 or fp16; by default bf16 on CPUs that multiply it natively, else the configuration's
+  --mixed_precision P    no, bf16 or fp16; by default bf16 where all GPUs have it (compute capability 8.0 or higher: A100,
+                         RTX 30 and newer), and on CPUs that multiply it natively; else float32 (no). A recipe's own
+                         mixed_precision wins; so does, on GPUs, that of a configuration of your own
+A GPU that is there and that PyTorch cannot use is an error; --config cpu, or CUDA_VISIBLE_DEVICES= before the command,
+trains on the CPU.
 Several machines without SLURM, the same command on each but for the rank:
   --num_machines M  --machine_rank R  --main_process_ip IP  --main_process_port PORT     IP is that of rank 0
 All other options are the run's own: python -m pipeline.train --help
@@ -65,13 +70,14 @@ root=$(find_root)
 cd "$root"
 
 . shell/environment.sh
+. shell/machine.sh
 . shell/slurm.sh
 
 # --- what to run: options, recipe and machine become one command
 
-recipe="" config="" workers="" precision="" settings=() # as given; workers are those of each machine
+program="" recipe="" config="" workers="" precision="" settings=() # as given; workers are those of each machine
 machines=1 machine_rank="" main_ip="" main_port=""
-dry_run="" command_given=""
+dry_run="" gpus=0 gpu_precision=no
 command=() # for accelerate launch
 
 read_arguments() {
@@ -91,39 +97,28 @@ read_arguments() {
       *) settings+=("$1"); shift ;;
     esac
   done
-  recipe="${recipe:-recipes/quickstart.yaml}"
+  case "$program:$recipe" in
+    train: | frontier:) recipe=recipes/quickstart.yaml ;;
+    *:) fail "./launch.sh $program needs a recipe; those shipped: $(echo recipes/"${program%_model}"_*.yaml)" ;;
+  esac
   [ -f "$recipe" ] || fail "there is no recipe $recipe; those shipped: $(echo recipes/*.yaml)"
+  if is_configuration "$recipe"; then
+    fail "$recipe is an accelerate configuration, not a recipe: ./launch.sh RECIPE --config $recipe"
+  fi
+  case "$config" in accelerate_configs/*.yaml) config=$(basename "$config" .yaml) ;; esac
   [ -z "$config" ] || [ -f "$config" ] || [ -f "accelerate_configs/$config.yaml" ] ||
     fail "there is no accelerate configuration $config; those shipped: $(echo accelerate_configs/*.yaml)"
+  if [ -f "$config" ] && ! is_configuration "$config" && has_settings "$config"; then
+    fail "$config is not an accelerate configuration; that is a recipe: ./launch.sh $config"
+  fi
 }
 
-is_busy() { (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; } # whether somebody listens on that port of this machine
+is_configuration() { grep -qE '^(compute_environment|distributed_type) *:' "$1"; }
 
-choose_rendezvous() { # where the workers meet: machines, main_ip and main_port
-  if has_slurm_job; then
-    [ "$machines$machine_rank$main_ip" = 1 ] ||
-      fail "SLURM says which machines there are: leave --num_machines, --machine_rank and --main_process_ip to it."
-    machines="${SLURM_JOB_NUM_NODES:-1}"
-    local head first=$((20000 + SLURM_JOB_ID % 1000 * 10))
-    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    head="${head%%$'\n'*}"
-    # The address by which SLURM itself finds the node: not every cluster knows its nodes' names otherwise.
-    main_ip=$(scontrol show node --oneliner "$head" 2>/dev/null | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p') || true
-    main_ip="${main_ip:-$head}"
-    if [ -z "$main_port" ]; then # ten ports a job, out of the kernel's own range; a batch shell is on the head node
-      for main_port in $(seq "$first" $((first + 9))); do is_busy "$main_port" || break; done
-    fi
-  elif [ "$machines" -gt 1 ]; then
-    if [ -z "$machine_rank" ] || [ -z "$main_ip" ] || [ -z "$main_port" ]; then
-      fail "--num_machines $machines needs --machine_rank, --main_process_ip and --main_process_port as well."
-    fi
-  elif [ -z "$main_port" ]; then # of its own, so that several runs share a machine
-    while main_port=$((10000 + RANDOM % 10000)); is_busy "$main_port"; do :; done
-  fi
-  if [ "${machine_rank:-0}" = 0 ] && is_busy "$main_port"; then
-    fail "port $main_port is in use on this machine; choose another with --main_process_port" \
-      "(on all machines the same), or end what listens there: ss -ltnp 'sport = :$main_port'"
-  fi
+# Whether a file has keys that Accelerate knows nothing of.
+has_settings() {
+  local known='num_|machine_rank|main_|mixed_precision|use_cpu|debug|gpu_ids|rdzv_|same_network|enable_cpu_|downcast_|tpu_'
+  sed -n 's/^\([A-Za-z_][A-Za-z_0-9]*\) *:.*/\1/p' "$1" | grep -vE "^($known|command)|_config$" >/dev/null
 }
 
 use_array_seed() { # the jobs of a SLURM array are the seeds of one recipe
@@ -142,28 +137,10 @@ use_array_seed() { # the jobs of a SLURM array are the seeds of one recipe
   settings+=(--seed "$SLURM_ARRAY_TASK_ID" --output_dir "${output_dir%/}/seed_$SLURM_ARRAY_TASK_ID")
 }
 
-count_gpus() {
-  if [ "$config" = cpu ] || ! command -v nvidia-smi >/dev/null 2>&1; then echo 0; return; fi
-  python -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null ||
-    nvidia-smi --list-gpus | grep -c '^GPU' || true # a dry run may be without PyTorch
-}
-
-tune_cpu() { # $1: processes on this machine
-  local cores
-  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
-  if [ "${SLURM_CPUS_ON_NODE:-$cores}" -lt "$cores" ]; then cores="$SLURM_CPUS_ON_NODE"; fi
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}"
-  # glibc hands large tensors back to the kernel after each operation; keeping them saves a fifth of the time on CPU.
-  export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-8589934592}"
-  export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
-}
-
 choose_command() {
-  local module=pipeline.train gpus total file on_cpu=2
-  gpus=$(count_gpus)
-  case "$(basename "$recipe")" in sft_*) module=pipeline.sft ;; reward_*) module=pipeline.reward_model ;; esac
-  if [ "$module" != pipeline.train ] && [ -z "$config" ]; then on_cpu=1; fi
-  module="${command_given:-$module}"
+  local total file own="" on_cpu=2
+  ask_gpus
+  case "$program" in sft | reward_model) if [ -z "$config" ]; then on_cpu=1; fi ;; esac
   if [ -z "$workers" ]; then
     if [ "$config" = single_gpu ]; then
       workers=1
@@ -180,12 +157,16 @@ choose_command() {
   fi
   if [ "$config" = cpu ]; then export CUDA_VISIBLE_DEVICES=""; fi
   file="$config"
-  [ -f "$file" ] || file="accelerate_configs/$config.yaml"
+  if [ -f "$file" ]; then own=1; else file="accelerate_configs/$config.yaml"; fi # the user's own, or one that is shipped
   export PIPELINE_PROCESSES="$total" # the workers check that as many joined
   if [ "$gpus" -eq 0 ]; then
     tune_cpu "$workers"
     # Two thirds of float32's time where the CPU has the instructions; slower than float32 where it has not.
     if [ -z "$precision" ] && grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=bf16; fi
+  else
+    # The optimiser of these works on the CPU, where the launcher would give each worker one thread.
+    if grep -qE '^ *(offload_optimizer_device: *cpu|fsdp_offload_params: *true)' "$file"; then tune_cpu "$workers"; fi
+    if [ -z "$precision$own" ] && [ "$gpu_precision" = bf16 ]; then precision=bf16; fi
   fi
 
   command=(--quiet --config_file "$file" --num_processes "$total" --main_process_port "$main_port")
@@ -196,7 +177,7 @@ choose_command() {
     if grep -q '^distributed_type:.*DEEPSPEED' "$file"; then command+=(--deepspeed_multinode_launcher standard); fi
   fi
   [ -z "$precision" ] || command+=(--mixed_precision "$precision")
-  command+=(-m "$module" --config "$recipe" ${settings[@]+"${settings[@]}"})
+  command+=(-m "pipeline.$program" --config "$recipe" ${settings[@]+"${settings[@]}"})
 }
 
 # --- running it
@@ -257,7 +238,9 @@ run_here() {
   exit "$status"
 }
 
-train() {
+train() { # $1: the program, a module of pipeline/
+  program="$1"
+  shift
   read_arguments "$@"
   if has_slurm_job; then
     trap 'stop_step USR1' USR1
@@ -282,7 +265,7 @@ case "${1:-}" in
     export HF_HUB_OFFLINE=1
     exec python -m pytest "$@"
     ;;
-  frontier) shift; command_given=pipeline.frontier; train "$@" ;;
+  train | sft | reward_model | frontier) train "$@" ;;
   chat | evaluate | export | report)
     module="pipeline.$1"
     shift
@@ -290,5 +273,5 @@ case "${1:-}" in
     tune_cpu 1
     exec python -m "$module" "$@"
     ;;
-  *) train "$@" ;;
+  *) train train "$@" ;;
 esac

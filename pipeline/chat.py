@@ -14,14 +14,13 @@ import socket
 import sys
 from pathlib import Path
 
-import torch
-
 from pipeline.assembly import make_reward, open_run, open_tuned
 from pipeline.chatting import Chat
 from pipeline.config import Config, ConfigError
 from pipeline.errors import user_errors
 from pipeline.models.loading import load_tokenizer
 from pipeline.runtime.command import raise_error
+from pipeline.runtime.gpus import cuda_is_usable
 
 HOST = "127.0.0.1"
 
@@ -64,7 +63,7 @@ def check_port(port: int | None) -> None:
 
 def open_chat(run: Path, config: Config) -> Chat:
     """Load the reward and both models; raises `UserError`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if cuda_is_usable() else "cpu"
     reward = make_reward(config, device)
     policy, reference = open_tuned(run, config, device)
     return Chat(policy, reference, reward, load_tokenizer(config.model.model_path), config)

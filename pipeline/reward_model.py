@@ -30,6 +30,7 @@ from pipeline.models.card import write_model_card
 from pipeline.models.loading import ModelError, opening
 from pipeline.models.scratch import new_config, tokenizer_of_run
 from pipeline.runtime.command import command_line, parse_recipe
+from pipeline.runtime.gpus import cuda_is_usable
 
 LABELS = {0: "NEGATIVE", 1: "POSITIVE"}
 
@@ -64,6 +65,9 @@ class RewardModelArguments:
             raise ModelError(f"save_dtype={self.save_dtype!r} is not a type of torch; bfloat16 and float32 are.")
         if not 4 <= self.min_window <= self.max_window:
             raise ModelError(f"min_window={self.min_window}, max_window={self.max_window}: need 4 <= min <= max.")
+
+
+SETTINGS = (RewardModelArguments, TrainingArguments)
 
 
 class WindowCollator:
@@ -182,9 +186,7 @@ def build(arguments: RewardModelArguments, run: TrainingArguments, texts: list[s
 
 
 def main() -> None:
-    arguments, config = parse_recipe(
-        (RewardModelArguments, TrainingArguments), __doc__, use_cpu=not torch.cuda.is_available()
-    )
+    arguments, config = parse_recipe(SETTINGS, __doc__, use_cpu=not cuda_is_usable())
     config.remove_unused_columns = False  # the collator reads `tokens`
     set_seed(config.seed)
     parts = load_labelled(arguments)

@@ -30,6 +30,7 @@ from pipeline.models.loading import ModelError, opening
 from pipeline.models.muon import MuonWithAdamW
 from pipeline.models.scratch import new_config, tokenizer_of_run
 from pipeline.runtime.command import command_line, parse_recipe
+from pipeline.runtime.gpus import cuda_is_usable
 
 
 @dataclass
@@ -62,6 +63,9 @@ class SFTArguments:
             raise ModelError("muon=true is for training from scratch (model_type); fine-tune with AdamW.")
         if not isinstance(getattr(torch, self.save_dtype, None), torch.dtype):
             raise ModelError(f"save_dtype={self.save_dtype!r} is not a type of torch; bfloat16 and float32 are.")
+
+
+SETTINGS = (SFTArguments, SFTConfig)
 
 
 def chunk_reviews(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -130,7 +134,7 @@ def continuations(model, tokenizer, texts: list[str], *, prompt_tokens: int = 4,
 
 
 def main() -> None:
-    arguments, config = parse_recipe((SFTArguments, SFTConfig), __doc__, use_cpu=not torch.cuda.is_available())
+    arguments, config = parse_recipe(SETTINGS, __doc__, use_cpu=not cuda_is_usable())
     set_seed(config.seed)
     training, held_out = split_held_out(load_reviews(arguments.dataset, text_column=arguments.text_column))
     model, tokenizer = build(arguments, config, training)

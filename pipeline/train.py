@@ -26,7 +26,7 @@ from pipeline.assembly import (
     open_data,
     parse_config,
 )
-from pipeline.config import Config, require_divides_by_workers
+from pipeline.config import SECTIONS, Config, require_divides_by_workers
 from pipeline.errors import (
     GUARD_STOPPED,
     REWARD_FAILED,
@@ -59,6 +59,8 @@ from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
 from pipeline.runtime.engine import check_can_compile, check_can_shard_reference, gathered, precision, strategy
 from pipeline.runtime.signals import StopRequest
 from pipeline.trainer import PPOTrainer
+
+SETTINGS = SECTIONS
 
 
 def main() -> None:

@@ -144,8 +144,8 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
         fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D keeps weights transposed
     )
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
+        with torch.random.fork_rng(devices=[]):  # the weights are made on the CPU; no GPU's generator is touched
+            torch.default_generator.manual_seed(settings.seed)
             return get_peft_model(model, config).eval()
     except ValueError as error:
         raise ModelError(

@@ -1,8 +1,10 @@
 """What every command shares: reading a recipe and naming itself."""
 
+import dataclasses
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,6 +12,8 @@ import yaml
 from trl import TrlParser
 
 from pipeline.errors import UserError
+
+PROGRAMS = ("train", "sft", "reward_model")  # that take recipes, each with its own SETTINGS
 
 
 def parse_recipe(
@@ -28,7 +32,7 @@ def parse_recipe(
     parser.set_defaults(**defaults)
     parser.error = raise_error  # argparse would print all options before the one line that matters
     if recipe is not None:
-        _check_recipe(recipe)
+        _check_recipe(recipe, settings_in(dataclass_types))
         arguments = ["--config", recipe, *arguments]
     try:
         *parsed, from_recipe, from_line = parser.parse_args_and_config(
@@ -65,7 +69,13 @@ def split_recipe(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     return others, recipe
 
 
-def _check_recipe(path: str) -> None:
+def settings_in(dataclass_types: Sequence[type]) -> set[str]:
+    """The names that a recipe of these dataclasses may have."""
+    return {field.name for dataclass in dataclass_types for field in dataclasses.fields(dataclass)}
+
+
+def _check_recipe(path: str, settings: Collection[str]) -> None:
+    """Raise `UserError` where a recipe cannot be read, or is another program's."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -76,6 +86,12 @@ def _check_recipe(path: str) -> None:
         raise UserError(f"--config {path} must hold settings, one `name: value` a line.")
     if "config" in content:
         raise UserError(f"{path}: there is no setting config; one recipe cannot name another.")
+    named = set(content) - {"env"}  # environment variables, by the parser
+    if named <= set(settings):
+        return
+    for program in PROGRAMS:  # they are above this module, and imported only for this message
+        if named <= settings_in(import_module(f"pipeline.{program}").SETTINGS):
+            raise UserError(f"{path} is a recipe of {program}: ./launch.sh {program} {path}")
 
 
 def raise_error(message: str) -> NoReturn:

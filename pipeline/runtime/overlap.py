@@ -23,7 +23,8 @@ def alongside(device: torch.device, action: Callable[[], T]) -> Callable[[], T]:
 
 
 def _on(device: torch.device, action: Callable[[], T]) -> T:
-    torch.cuda.set_device(device)  # a thread begins with the first GPU
+    if device.index is not None:  # a thread begins with the first GPU, which is the one meant where there is no number
+        torch.cuda.set_device(device)
     return action()
 
 
