@@ -28,7 +28,7 @@ from pipeline.run_directory import CONFIG_FILE
 from pipeline.runtime.checkpoints import is_checkpoint, restore_trained, trained_weights
 from pipeline.runtime.command import parse_recipe, split_recipe
 from pipeline.runtime.distributed import agreed_minimum, free_memory_bytes
-from pipeline.runtime.engine import precision
+from pipeline.runtime.engine import moving_weights, precision, strategy
 
 # The bars of the libraries would tear the run's own.
 transformers_logging.disable_progress_bar()
@@ -191,17 +191,31 @@ def choose_rollout_microbatch(config: Config, accelerator: Accelerator, policy: 
     """
     if config.rollout.rollout_microbatch_size is not None:
         return
-    device = accelerator.device
-    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    device, lowered = accelerator.device, precision(accelerator) != "no"
+    graphs = device.type == "cuda" and moving_weights(accelerator) is None
     chosen = largest_microbatch(
         policy.config,
         -(-samples // accelerator.num_processes),
         config.data.prompt_max_tokens + config.rollout.response_max_tokens,
-        free_bytes=free_memory_bytes(device) - 12 * trainable,  # gradients and Adam's moments are still to come
-        itemsize=4 if precision(accelerator) == "no" else 2,
+        free_bytes=free_memory_bytes(device) - bytes_to_come(policy, strategy(accelerator), copies=lowered and graphs),
+        itemsize=2 if lowered else 4,
         on_cpu=device.type == "cpu",
+        graphs=graphs,
     )
     config.rollout.rollout_microbatch_size = agreed_minimum(accelerator, chosen)
+
+
+def bytes_to_come(policy: torch.nn.Module, strategy: str, *, copies: bool) -> int:
+    """What training will allocate beside the weights, for each worker.
+
+    Args:
+        strategy: see `runtime/engine.py`.
+        copies: whether graphs keep lowered copies of the weights.
+    """
+    trainable = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    everything = sum(parameter.numel() for parameter in policy.parameters())
+    per_trainable = 4 + 8 + (4 if strategy == "ddp" else 0)  # gradient, Adam's moments, the buckets of data parallelism
+    return per_trainable * trainable + (2 * everything if copies else 0)
 
 
 def config_warnings(config: Config) -> list[str]:

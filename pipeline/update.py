@@ -1,6 +1,8 @@
 """The policy update: epochs of minibatches over one rollout batch, each minibatch one optimiser step."""
 
 import math
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -10,13 +12,14 @@ from torch import Tensor, nn
 
 from pipeline.config import PPOSettings
 from pipeline.models.forward import output_head
-from pipeline.models.packing import Layout, pack
+from pipeline.models.packing import Layout, Packed, pack
 from pipeline.models.policy import Policy
 from pipeline.ppo.advantages import Advantages
 from pipeline.ppo.losses import PPOLoss, policy_losses, ppo_loss
 from pipeline.rollout.rollout import PolicyOutputs, Responses, Rollout, concatenated
+from pipeline.runtime.determinism import deterministic
 from pipeline.runtime.distributed import gather_fields, reduce_stats, share
-from pipeline.runtime.engine import accumulating, backward, optimizer_step, prepare_engine, settle
+from pipeline.runtime.engine import accumulating, autocast, backward, optimizer_step, prepare_engine, settle
 from pipeline.runtime.randomness import generator
 
 SUMS = ("policy_loss", "value_loss", "policy_clipped", "value_clipped", "approx_kl", "ratio")
@@ -62,6 +65,11 @@ def prepare_update(
         weight_decay=0.0,
         fused=True,
     )
+    tokens = torch.zeros(1, 3, dtype=torch.long, device=accelerator.device)
+    packed = pack(tokens, np.array([[1, 2]]), 2, policy.layout)
+    if accelerator.device.type == "cuda":
+        with autocast(accelerator):
+            policy.repeatable = _is_repeatable(policy, packed)
     mine = settings.minibatch_size // accelerator.num_processes
     engine, optimizer = prepare_engine(
         accelerator,
@@ -72,10 +80,29 @@ def prepare_update(
         max_grad_norm=settings.max_grad_norm,
         outside=output_head(policy.model).parameters(),
     )
-    tokens = torch.zeros(1, 3, dtype=torch.long, device=accelerator.device)
-    packed = pack(tokens, np.array([[1, 2]]), 2, policy.layout)
     settle(accelerator, engine, optimizer, lambda: engine(packed, token_loss=lambda logprobs, _rows: logprobs))
     return engine, optimizer
+
+
+def _is_repeatable(policy: Policy, packed: Packed) -> bool:
+    """Whether the gradients can be the same bits each time, found out by trying; warns where they cannot."""
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    small = [parameter for parameter in trainable if parameter.ndim == 1]  # at both ends of each block, and no memory
+    try:
+        with deterministic(packed.tokens.device):
+            outputs = policy(packed, token_loss=lambda logprobs, _rows: logprobs)
+            torch.autograd.grad(outputs.loss + outputs.values.sum(), small or trainable, allow_unused=True)
+    except RuntimeError as error:
+        if "determinis" not in str(error):
+            raise
+        warnings.warn(f"the same training will not end with the same bits: {str(error).splitlines()[0]}", stacklevel=2)
+        return False
+    return True
+
+
+def _repeatable(engine: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+    """A context of forwards and backwards that give the same bits each time, where the model has that."""
+    return deterministic(device) if getattr(engine, "module", engine).repeatable else nullcontext()
 
 
 def update_policy(
@@ -181,7 +208,8 @@ def first_epoch_outputs(
             index = mine[first : first + settings.microbatch_size]
             tokens = responses.tokens[torch.from_numpy(index).to(responses.tokens.device)]
             packed = pack(tokens, lengths[index], responses.response_tokens.shape[1], policy.layout)
-            outputs = policy(packed, temperature, with_entropy=True)
+            with _repeatable(policy, tokens.device):
+                outputs = policy(packed, temperature, with_entropy=True)
             read = (outputs.logprobs, outputs.values, outputs.entropy)
             parts.append(PolicyOutputs(*(packed.unpack(x) for x in read)))
     gathered = gather_fields(accelerator, concatenated(parts))
@@ -223,7 +251,7 @@ def _backward(
             return policy_losses(logprobs, old[rows], advantage[rows], settings.clip_range)
 
         last = start + settings.microbatch_size >= len(mine)
-        with accumulating(accelerator, engine, last=last):
+        with accumulating(accelerator, engine, last=last), _repeatable(engine, where.device):
             outputs = engine(packed, temperature, token_loss=token_loss, scale=scale)
             loss = ppo_loss(
                 outputs.logprobs,

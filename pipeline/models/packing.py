@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 WASTE = 0.03  # share of padding that longer rows are tried to get below
+WIDTHS_ON_CUDA = 16  # rows are a multiple of this wide: fewer shapes to choose kernels for, and aligned masks
 WIDEST = 8  # rows are at most this many times the longest sample: attention's cost grows with the width
 
 
@@ -66,7 +67,9 @@ def assign_rows(lengths: Sequence[int]) -> tuple[list[list[int]], int]:
     return best[1], best[2]
 
 
-def pack(tokens: Tensor, lengths: np.ndarray, response_width: int, layout: Layout) -> Packed:
+def pack(
+    tokens: Tensor, lengths: np.ndarray, response_width: int, layout: Layout, *, multiple: int | None = None
+) -> Packed:
     """Lay samples out for one forward; what is planned is planned on the host, from lengths it knows.
 
     Args:
@@ -74,12 +77,19 @@ def pack(tokens: Tensor, lengths: np.ndarray, response_width: int, layout: Layou
         lengths: (n, 2) tokens of each prompt and each response.
         response_width: R.
         layout: how the model may be read.
+        multiple: of which the rows' width is to be one, where they hold several samples; by default 1 on a CPU.
     """
+    if multiple is None:
+        multiple = WIDTHS_ON_CUDA if tokens.device.type == "cuda" else 1
     count, total = tokens.shape
     prompts, responses = lengths.T
     lengths = np.where(responses > 0, prompts + responses - 1, 0)
     longest = int(lengths.max())
-    rows, width = assign_rows(lengths.tolist()) if layout.end_to_end else ([[i] for i in range(count)], longest)
+    if layout.end_to_end:
+        rows, width = assign_rows(lengths.tolist())
+        width = -(-width // multiple) * multiple
+    else:  # a wider row could be more than the model's context
+        rows, width = [[i] for i in range(count)], longest
     source = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros_like(source)
     segments = np.zeros_like(source)
@@ -94,7 +104,7 @@ def pack(tokens: Tensor, lengths: np.ndarray, response_width: int, layout: Layou
             segments[row, at:end] = number
             starts[i] = row * width + at
             at = end
-        positions[row, at:] = np.arange(width - at)  # padding is a sample of its own
+        positions[row, at:] = np.arange(width - at) % max(1, longest)  # padding is samples of its own
     read = np.concatenate([starts[i] + prompts[i] - 1 + np.arange(responses[i]) for i in range(count)])
     slots = np.concatenate([i * response_width + np.arange(responses[i]) for i in range(count)])
     sizes = [source.size, positions.size, read.size, slots.size]

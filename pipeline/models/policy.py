@@ -41,6 +41,7 @@ class Policy(nn.Module):
         self.value_head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self.repeatable = True  # whether its gradients can be the same bits each time, see `runtime/determinism.py`
         self._compiled: list[nn.Module] = []  # in a list, where nobody looks for weights: they are the model's own
 
     def recompute(self) -> None:

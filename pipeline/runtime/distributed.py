@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import OtherWorkerError, UserError
-from pipeline.runtime.engine import adopt_deepspeed
+from pipeline.runtime.determinism import reserve_workspace
+from pipeline.runtime.engine import adopt_deepspeed, precision
+from pipeline.runtime.gpus import cuda_is_usable
 
 T = TypeVar("T")
 
@@ -30,9 +32,11 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
 
     Raises:
         EngineError: see `adopt_deepspeed`.
+        GpuError: a GPU is there that PyTorch cannot use.
         RuntimeError: not as many processes joined as launch.sh, or else the launcher, asked for.
     """
-    on_cpu = not torch.cuda.is_available()
+    reserve_workspace()
+    on_cpu = not cuda_is_usable()
     if on_cpu:  # DeepSpeed looks for a GPU otherwise
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     launched = int(os.environ.get("PIPELINE_PROCESSES") or os.environ.get("WORLD_SIZE", "1"))
@@ -53,10 +57,21 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
             f"{launched} processes were launched, but this one sees {accelerator.num_processes}: check "
             f"distributed_type in the accelerate configuration (accelerate_configs/cpu.yaml is right for CPUs)."
         )
+    if accelerator.device.type == "cuda":
+        _settle_kernels(accelerator)
     if not accelerator.is_main_process:  # what there is to warn of, rank zero says as well
         warnings.simplefilter("ignore")
         transformers_logging.set_verbosity_error()
     return accelerator
+
+
+def _settle_kernels(accelerator: Accelerator) -> None:
+    """Choose among CUDA's ways to compute the ones that this project counts on."""
+    # cuDNN's attention makes a plan for each new shape, of which packed rows have many, and has no deterministic
+    # backward; the other fused ones have neither fault.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if precision(accelerator) == "no":  # NVIDIA's containers round float32 to TF32's 10 bits otherwise
+        torch.set_float32_matmul_precision("highest")
 
 
 def peak_memory_gigabytes(device: torch.device) -> float:

@@ -76,6 +76,12 @@ def autocast(accelerator: Accelerator) -> contextlib.AbstractContextManager:
     return accelerator.autocast()
 
 
+def moving_weights(accelerator: Accelerator) -> str | None:
+    """Why a CUDA graph cannot read the policy's weights where they lie; None where they stay."""
+    how = strategy(accelerator)
+    return f"{how} moves the weights about" if how in ("zero3", "fsdp2") else None
+
+
 def prepare_engine(
     accelerator: Accelerator,
     policy: nn.Module,

@@ -42,10 +42,12 @@ def cuda_is_usable() -> bool:
     """Whether to compute on GPUs.
 
     Raises:
-        GpuError: a GPU is there that PyTorch cannot use, and nobody has chosen the CPU by CUDA_VISIBLE_DEVICES.
+        GpuError: a GPU is there that PyTorch cannot use, and nobody has chosen the CPU.
     """
     import torch
 
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":  # accelerate launch --cpu, or use_cpu: true
+        return False
     if torch.cuda.is_available():
         _check_kernels()
         return True
