@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from benchmarks.work import best_seconds, save_result, spread, under_launch_settings
 from pipeline.data.prompts import PromptBatch
 from pipeline.models.kernels import use_fast_kernels
-from pipeline.rollout.decoding import DecodeGraphs
+from pipeline.rollout.graphs import DecodeGraphs
 from pipeline.rollout.rollout import sample_responses
 from pipeline.rollout.sampling import SamplingOptions
 

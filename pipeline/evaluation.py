@@ -24,6 +24,7 @@ from pipeline.ppo.kl import kl_estimate
 from pipeline.rewards.composed import ComposedReward
 from pipeline.rewards.reading import Reading, read
 from pipeline.rewards.repetition import ngrams
+from pipeline.rollout.graphs import DecodeGraphs
 from pipeline.rollout.rollout import (
     Responses,
     policy_outputs,
@@ -33,7 +34,7 @@ from pipeline.rollout.rollout import (
 from pipeline.rollout.sampling import sampling_noise, sampling_options
 from pipeline.run_directory import EVALUATION_FILE, EVALUATION_TEXT, METRICS_FILE, PLANE_FILE, SAMPLES_FILE
 from pipeline.runtime.distributed import all_or_none, gather_fields, share
-from pipeline.runtime.engine import autocast
+from pipeline.runtime.engine import autocast, moving_weights
 
 EVALUATION_SEED = 20260  # fixed, so that runs of any seed are compared on the same prompts and noise
 
@@ -99,9 +100,10 @@ def evaluate(
     workers = accelerator.num_processes
     padded = math.ceil(count / workers) * workers  # equal shares; what is too much is cut after gathering
     prompts = _prompts(held_out, tokenizer, config, count, padded)
+    graphs = DecodeGraphs(moving_weights(accelerator))
     with reference.activated() as original:
-        names, before = _side(accelerator, original, None, reference, reward, tokenizer, prompts, config)
-    _, after = _side(accelerator, policy.model, policy, reference, reward, tokenizer, prompts, config)
+        names, before = _side(accelerator, original, None, reference, reward, tokenizer, prompts, config, graphs)
+    _, after = _side(accelerator, policy.model, policy, reference, reward, tokenizer, prompts, config, graphs)
     texts = {
         "before": response_texts(before, prompts.text, tokenizer)[:count],
         "after": response_texts(after, prompts.text, tokenizer)[:count],
@@ -171,6 +173,7 @@ def _side(
     tokenizer: PreTrainedTokenizerBase,
     prompts: PromptBatch,
     config: Config,
+    graphs: DecodeGraphs,
 ) -> tuple[list[str], _Side]:
     """Sample with `model` and measure; `policy` is None where the model is the reference."""
     rollout = config.rollout
@@ -189,6 +192,7 @@ def _side(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             options=sampling_options(rollout),
+            graphs=graphs,
         )
         reading, kl = reading_and_kl(policy, reference, reward, tokenizer, responses, **options)
     texts = response_texts(responses, prompts.text[mine], tokenizer)

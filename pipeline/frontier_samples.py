@@ -16,10 +16,11 @@ from pipeline.models.policy import Reference
 from pipeline.ppo.optimum import optimum
 from pipeline.rewards.composed import ComposedReward
 from pipeline.rewards.reading import read
+from pipeline.rollout.graphs import DecodeGraphs
 from pipeline.rollout.rollout import response_texts, sample_responses
 from pipeline.rollout.sampling import sampling_noise, sampling_options
 from pipeline.runtime.distributed import all_or_none, share
-from pipeline.runtime.engine import autocast
+from pipeline.runtime.engine import autocast, moving_weights
 
 PRICES = 60  # points of the curve
 SPARE = 1.2  # how many more effective samples are aimed at than are trusted
@@ -46,14 +47,15 @@ def estimate_frontier(
     )  # fmt: skip
     workers = accelerator.num_processes
     rounds = max(1, round(config.run.frontier_samples / (STAGES * workers))) * workers  # in each stage
+    graphs = DecodeGraphs(moving_weights(accelerator))
 
     def sampled(plan: np.ndarray, first: int) -> Tensor:
         """Scores (rounds, n) of a response to each prompt of `plan` (rounds, n), shared out over the workers."""
         mine = share(accelerator, len(plan))
         scores = torch.stack(
             [
-                _scores(accelerator, reference, reward, tokenizer, prompts.take(plan[number]), config, first + number)
-                for number in range(len(plan))[mine]
+                _scores(accelerator, reference, reward, tokenizer, prompts.take(plan[i]), config, first + i, graphs)
+                for i in range(len(plan))[mine]
             ]
         )
         scores = accelerator.gather(scores.to(accelerator.device)) if workers > 1 else scores
@@ -112,6 +114,7 @@ def _scores(
     prompts: PromptBatch,
     config: Config,
     number: int,
+    graphs: DecodeGraphs,
 ) -> Tensor:
     """Scores (n,) of one response of the reference to each prompt."""
     rollout = config.rollout
@@ -122,6 +125,7 @@ def _scores(
         responses, _ = sample_responses(
             model, prompts, uniforms, lengths, microbatch_size=rollout.rollout_microbatch_size,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, options=sampling_options(rollout),
+            graphs=graphs,
         )  # fmt: skip
         reading = None
         if reward.reads:

@@ -23,6 +23,7 @@ SHOWN = {
     "samples/s": ("throughput/samples_per_second", ".1f"),
 }
 TRACKED_EVALUATION_ROWS = 100
+FLOAT32_DEVIATION = 1e-3  # of the first ratio from 1: products of float32 leave hundreds of times less
 
 
 def show_evaluation(console: Console, evaluation: Evaluation, directory: Path) -> None:
@@ -61,6 +62,7 @@ class Reporter:
         self._first: Mapping[str, float] | None = None  # metrics of the run's first step
         self._first_step: int | None = None  # of this part of the run
         self._started = time.monotonic()
+        self._told_of_rounding = False
         self._metrics: MetricsFile | None = None
         self._trackers: Trackers | None = None
 
@@ -111,6 +113,7 @@ class Reporter:
         notes = self._notes()
         shown = {name: (f"{metrics[metric]:{form}}", notes.get(name, "")) for name, (metric, form) in SHOWN.items()}
         self.console.step(step, shown, left)
+        self._check_rounding(step, metrics)
         parts = report.parts if len(report.parts) > 1 else {}  # one alone is the reward
         histograms = {f"reward/{name}/histogram": values for name, values in parts.items()}
         self._trackers.log(step, metrics, {"reward/histogram": report.scores, **histograms})
@@ -154,6 +157,18 @@ class Reporter:
         """The run is over and the model is saved."""
         if self.enabled and self.config.run.wandb_log_model:
             self._trackers.model(sorted(path for path in self.directory.iterdir() if path.is_file()))
+
+    def _check_rounding(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Warn, once, where what is called float32 is none."""
+        deviation = metrics.get("ppo/first_minibatch_ratio_deviation", 0.0)
+        if self.config.run.mixed_precision != "no" or deviation <= FLOAT32_DEVIATION or self._told_of_rounding:
+            return
+        self._told_of_rounding = True
+        self.console.warn(
+            f"step {step}: before any update the ratio of new to old probabilities is {deviation:.1g} off 1, more than "
+            f"float32 rounds. The GPU may round products to TF32 (unset NVIDIA_TF32_OVERRIDE), or the model may say "
+            f"other things token by token than over a whole text."
+        )
 
     def _remember(self, metrics: Mapping[str, float]) -> None:
         """Keep a step's figures for the live picture."""

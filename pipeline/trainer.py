@@ -19,7 +19,7 @@ from pipeline.ppo.kl import adapted_kl_coef, kl_estimate
 from pipeline.rewards.composed import ComposedReward
 from pipeline.rewards.reading import Reading, read
 from pipeline.rewards.scaling import RunningMoments, shaped_scores
-from pipeline.rollout.decoding import DecodeGraphs
+from pipeline.rollout.graphs import DecodeGraphs
 from pipeline.rollout.rollout import (
     PolicyOutputs,
     Responses,
@@ -30,7 +30,7 @@ from pipeline.rollout.rollout import (
 )
 from pipeline.rollout.sampling import sampling_noise, sampling_options
 from pipeline.runtime.distributed import agreed_signal, all_or_none, gather_fields, peak_memory_gigabytes, share
-from pipeline.runtime.engine import autocast, gathered, precision, strategy
+from pipeline.runtime.engine import autocast, gathered, moving_weights, precision
 from pipeline.runtime.overlap import alongside
 from pipeline.runtime.profiling import profiled
 from pipeline.runtime.signals import StopRequest
@@ -63,8 +63,7 @@ class PPOTrainer:
         self.config = config
         # Decoding token by token equals a forward over the whole to float32's rounding, and not to bfloat16's.
         self.keeps_outputs = precision(accelerator) == "no"
-        how = strategy(accelerator)
-        self.graphs = DecodeGraphs(None if how in ("single", "ddp") else f"{how} moves the weights about")
+        self.graphs = DecodeGraphs(moving_weights(accelerator))
         self.kl_coef = config.ppo.kl_coef
         self.moments = RunningMoments() if config.reward.reward_scaling else None
         self.part_moments = [RunningMoments() for _ in reward.names] if config.reward.reward_whitening else None

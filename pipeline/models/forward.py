@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pipeline.models.kernels import CPU_ATTENTION
@@ -24,6 +25,12 @@ def accepts(model: nn.Module, argument: str) -> bool:
 def causal_lm(model: nn.Module) -> nn.Module:
     """The transformers model itself, inside PEFT's wrapper or not."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def adapter_state(model: nn.Module) -> tuple[object, ...]:
+    """Which LoRA adapters a forward goes through; empty for a model without."""
+    layers = (m for m in model.modules() if isinstance(m, BaseTunerLayer)) if hasattr(model, "peft_config") else ()
+    return next(((not layer.disable_adapters, *layer.active_adapters) for layer in layers), ())
 
 
 def output_head(model: nn.Module) -> nn.Module:

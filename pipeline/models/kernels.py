@@ -110,13 +110,14 @@ def cpu_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
-_KEPT: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor | None]] = WeakKeyDictionary()
+# By type: a graph captured in one precision still reads its copies after a use of the model in another.
+_KEPT: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[Tensor, Tensor | None]]] = WeakKeyDictionary()
 
 
 def _cuda_product(module: nn.Module, lowered: torch.dtype, keep: bool) -> Callable[[Tensor], Tensor]:
     weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
-    kept = _KEPT.get(module)
-    if kept is not None and kept[0].dtype == lowered:
+    kept = _KEPT.get(module, {}).get(lowered)
+    if kept is not None:
         kept[0].copy_(weight)
         if bias is not None:
             kept[1].copy_(bias)
@@ -124,6 +125,6 @@ def _cuda_product(module: nn.Module, lowered: torch.dtype, keep: bool) -> Callab
     else:
         weight, bias = weight.to(lowered), None if bias is None else bias.to(lowered)
         if keep:
-            _KEPT[module] = weight, bias
+            _KEPT.setdefault(module, {})[lowered] = weight, bias
     weight = weight.t() if isinstance(module, Conv1D) else weight
     return lambda x: nn.functional.linear(x.to(lowered), weight, bias)

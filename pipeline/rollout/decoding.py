@@ -1,11 +1,10 @@
 """Autoregressive decoding over buffers that stay where they are: fixed-shape KV cache, noise given, no host in it.
 
-On CUDA the step that makes one token is a graph, captured once for each shape (`DecodeGraphs`). Elsewhere, and for
+On CUDA the step that makes one token is a graph, captured once for each shape (`rollout/graphs.py`). Elsewhere, and for
 models that want another cache or mask, the same step runs as a plain loop.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from transformers.cache_utils import StaticLayer
 
 from pipeline.models.forward import accepts, captured_head_input, causal_lm, longest_by_mask, position_ids
 from pipeline.models.head import logits_logprobs
+from pipeline.rollout.graphs import DecodeGraphs
 from pipeline.rollout.sampling import SamplingOptions, next_tokens
 
 TOKENS_BETWEEN_CHECKS = 8  # whether all samples have ended: a CUDA device would wait for the question each time
@@ -44,7 +44,7 @@ def decode(
     pad_token_id: int,
     options: SamplingOptions,
     value_head: nn.Module | None = None,
-    graphs: "DecodeGraphs | None" = None,
+    graphs: DecodeGraphs | None = None,
 ) -> Decoded:
     """Continue each prompt until EOS or until its own length.
 
@@ -55,10 +55,10 @@ def decode(
         lengths: (B,) largest number of response tokens of each sample, at most R.
         options: how to draw. With `greedy` the result equals `generate(do_sample=False)`.
         value_head: keep log-probs, values and entropy of the tokens, as this forward gives them.
-        graphs: where CUDA graphs of earlier calls with the same model are.
+        graphs: where CUDA graphs of earlier calls are.
     """
     steps = _Steps(model, prompts, uniforms, eos_token_id, pad_token_id, options, value_head)
-    if graphs is not None and graphs.failure is None and steps.fixed and prompts.device.type == "cuda":
+    if graphs is not None:
         steps = graphs.find(steps)
     steps.start(prompts, prompt_mask, uniforms, lengths)
     advance = steps.step if graphs is None else graphs.captured(steps)
@@ -130,8 +130,8 @@ class _Steps:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What a captured step depends on."""
-        return (*self.tokens.shape, self.prompt_length, self.eos, self.pad, self.options, self.value_head is None)
+        """What of this batch a captured step depends on."""
+        return (*self.tokens.shape, self.prompt_length, self.eos, self.pad, self.options)
 
     def start(self, prompts: Tensor, prompt_mask: Tensor, uniforms: Tensor, lengths: Tensor) -> None:
         """Read the prompts and draw the first tokens."""
@@ -216,72 +216,3 @@ def _new_cache(lm: nn.Module, length: int) -> StaticCache | DynamicCache:
     if getattr(lm, "_can_compile_fullgraph", False):
         return _FixedCache(config=lm.config, max_cache_len=length)
     return DynamicCache(config=lm.config)
-
-
-class DecodeGraphs:
-    """CUDA graphs of a model's decoding step, one for each shape, kept from rollout to rollout.
-
-    A graph reads the weights where they lie, so it stays right as long as they are updated in place. A model that
-    cannot be captured is decoded by the plain loop; that is warned of once, and `failure` says why.
-    """
-
-    def __init__(self, failure: str | None = None):
-        """
-        Args:
-            failure: why there is to be no graph, where that is known beforehand.
-        """
-        self._said = False
-        self._steps: dict[tuple[object, ...], _Steps] = {}
-        self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
-        self.failure = failure
-
-    def find(self, steps: _Steps) -> _Steps:
-        """The buffers of that shape: those of an earlier call, where a graph has their addresses."""
-        return self._steps.setdefault(steps.shape, steps)
-
-    def captured(self, steps: _Steps) -> Callable[[], object]:
-        """What makes one step: the graph's replay, or the step itself."""
-        if steps.tokens.device.type != "cuda":
-            return steps.step
-        if not steps.fixed:
-            self.failure = self.failure or "the model's cache or mask has no fixed shape"
-        graph = self._graphs.get(steps.shape)
-        if graph is None and self.failure is None:
-            try:
-                graph = self._graphs[steps.shape] = _capture(steps)
-            except RuntimeError as error:
-                self.failure = str(error).splitlines()[0]
-        if self.failure is None:
-            return graph.replay
-        self._say()
-        return steps.step
-
-    def _say(self) -> None:
-        if not self._said:
-            warnings.warn(f"sampling without a CUDA graph, more slowly: {self.failure}", stacklevel=3)
-        self._said = True
-
-
-def _capture(steps: _Steps) -> torch.cuda.CUDAGraph:
-    """Capture a step. Its warm-up is not to be seen in the buffers, which are put back."""
-    state = steps.buffers()
-    before = [tensor.clone() for tensor in state]
-
-    def restore() -> None:
-        for tensor, value in zip(state, before, strict=True):
-            tensor.copy_(value)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            steps.step()
-            restore()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            steps.step()
-    finally:
-        restore()
-    return graph

@@ -13,7 +13,8 @@ from pipeline.data.prompts import PromptBatch
 from pipeline.models.kernels import many_forwards
 from pipeline.models.packing import Layout, Packed, pack
 from pipeline.models.policy import Policy, Reference
-from pipeline.rollout.decoding import DecodeGraphs, decode
+from pipeline.rollout.decoding import decode
+from pipeline.rollout.graphs import DecodeGraphs
 from pipeline.rollout.sampling import SamplingOptions
 
 T = TypeVar("T")
