@@ -9,18 +9,21 @@ from pathlib import Path
 import torch
 
 from pipeline import train
-from pipeline.runtime.engine import zero_stage
+from pipeline.runtime.engine import moving_weights, zero_stage
 from pipeline.trainer import PPOTrainer
 
 RECORD = Path(os.environ.get("RECORD_DIR", "."))
 PROBE = torch.arange(12).view(2, 6)
 gather, save_policy, make_accelerator = PPOTrainer.gather, train.save_policy, train.make_accelerator
-rollouts = []
+rollouts, addresses = [], []
 
 
 def recording(self, *arguments):
     rollout = gather(self, *arguments)
     rollouts.append(vars(rollout))
+    addresses.append([parameter.data_ptr() for parameter in self.policy.parameters()])
+    if moving_weights(self.accelerator) is None:  # or a graph would read them where they were
+        assert addresses[0] == addresses[-1]
     torch.save(rollouts, RECORD / f"rank{self.accelerator.process_index}.pt")
     return rollout
 

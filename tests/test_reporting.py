@@ -74,3 +74,13 @@ def test_other_ranks_write_and_say_nothing(tmp_path, capfd):
         reporter.step(report(1))
         reporter.finished()
     assert capfd.readouterr() == ("", "") and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("precision", "said"), [("no", 1), ("bf16", 0)])
+def test_a_first_ratio_that_float32_cannot_explain_is_warned_of_once(tmp_path, capfd, precision, said):
+    with Reporter(default_config(output_dir=str(tmp_path), steps=4, mixed_precision=precision), enabled=True) as run:
+        for step, deviation in enumerate((9e-4, 2e-3, 3e-3), 1):
+            run.step(report(step, **{"ppo/first_minibatch_ratio_deviation": deviation}))
+    told = "".join(capfd.readouterr())
+    assert told.count("before any update the ratio of new to old probabilities is 0.002 off 1") == said
+    assert told.count("TF32") == said

@@ -84,10 +84,10 @@ def pack(
     count, total = tokens.shape
     prompts, responses = lengths.T
     lengths = np.where(responses > 0, prompts + responses - 1, 0)
-    longest = int(lengths.max())
+    longest = max(1, int(lengths.max()))
     if layout.end_to_end:
         rows, width = assign_rows(lengths.tolist())
-        width = -(-width // multiple) * multiple
+        width = -(-max(1, width) // multiple) * multiple
     else:  # a wider row could be more than the model's context
         rows, width = [[i] for i in range(count)], longest
     source = np.zeros((len(rows), width), dtype=np.int64)
@@ -104,7 +104,7 @@ def pack(
             segments[row, at:end] = number
             starts[i] = row * width + at
             at = end
-        positions[row, at:] = np.arange(width - at) % max(1, longest)  # padding is samples of its own
+        positions[row, at:] = np.arange(width - at) % longest  # padding is samples of its own
     read = np.concatenate([starts[i] + prompts[i] - 1 + np.arange(responses[i]) for i in range(count)])
     slots = np.concatenate([i * response_width + np.arange(responses[i]) for i in range(count)])
     sizes = [source.size, positions.size, read.size, slots.size]

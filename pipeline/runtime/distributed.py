@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import OtherWorkerError, UserError
 from pipeline.runtime.determinism import reserve_workspace
-from pipeline.runtime.engine import adopt_deepspeed, precision
+from pipeline.runtime.engine import EngineError, adopt_deepspeed, precision
 from pipeline.runtime.gpus import cuda_is_usable
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
         mixed_precision: no, bf16 or fp16; None is what the launcher says.
 
     Raises:
-        EngineError: see `adopt_deepspeed`.
+        EngineError: fp16 on a CPU; and see `adopt_deepspeed`.
         GpuError: a GPU is there that PyTorch cannot use.
         RuntimeError: not as many processes joined as launch.sh, or else the launcher, asked for.
     """
@@ -57,6 +57,8 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
             f"{launched} processes were launched, but this one sees {accelerator.num_processes}: check "
             f"distributed_type in the accelerate configuration (accelerate_configs/cpu.yaml is right for CPUs)."
         )
+    if accelerator.device.type == "cpu" and precision(accelerator) == "fp16":  # Accelerate would compute in float32
+        raise EngineError("mixed_precision='fp16' needs a GPU; on a CPU use bf16 or no.")
     if accelerator.device.type == "cuda":
         _settle_kernels(accelerator)
     if not accelerator.is_main_process:  # what there is to warn of, rank zero says as well

@@ -158,7 +158,9 @@ def optimizer_step(
     norm = accelerator.clip_grad_norm_(engine.parameters(), max_grad_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     inner = getattr(optimizer, "optimizer", optimizer)
-    if getattr(inner, "_step_supports_amp_scaling", False) and not isinstance(engine, FSDPModule):
+    if accelerator.scaler is not None:  # float16: skips by itself, and must hear of each overflow to lower its scale
+        optimizer.step()
+    elif getattr(inner, "_step_supports_amp_scaling", False) and not isinstance(engine, FSDPModule):
         inner.found_inf = (~norm.isfinite()).float()  # fused Adam skips by itself, and nobody waits for the device
         optimizer.step()
     elif norm.isfinite():

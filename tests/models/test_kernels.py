@@ -8,7 +8,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.models.kernels import CPU_ATTENTION, cpu_attention, many_forwards, use_fast_kernels
+from pipeline.models.kernels import (
+    _KEPT,
+    CPU_ATTENTION,
+    _cuda_product,
+    cpu_attention,
+    many_forwards,
+    use_fast_kernels,
+)
 from pipeline.models.loading import LoraSettings, add_lora
 
 TOKENS = torch.arange(1, 15).view(2, 7)
@@ -99,3 +106,20 @@ def test_many_forwards_say_the_same_and_see_new_weights_and_leave_no_trace(lora,
         assert not any("forward" in vars(m) for m in products)
         with many_forwards(model, few_rows=False):
             assert any("forward" in vars(m) for m in products) == (precision == torch.float32)
+
+
+def test_lowered_copies_for_graphs_stay_where_they_are_whatever_precision_is_used_in_between():
+    layer = nn.Linear(4, 3)
+    rows = torch.ones(1, 4)
+
+    def addresses(lowered):
+        product = _cuda_product(layer, lowered, keep=True)
+        close(product(rows).float(), layer(rows).detach(), 0.05)
+        weight, bias = _KEPT[layer][lowered]
+        return weight.data_ptr(), bias.data_ptr()
+
+    first = addresses(torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    addresses(torch.float16)
+    assert addresses(torch.bfloat16) == first

@@ -120,6 +120,26 @@ def test_lora_target_modules_that_fit_nothing_are_named(tokenizer):
         add_lora(random_causal_lm("gpt2", tokenizer), LoraSettings(4, 8, ["q_proj"], seed=0))
 
 
+def test_loras_first_weights_follow_from_the_seed_and_touch_no_gpus_generator(tokenizer, monkeypatch, recwarn):
+    def touched(*_arguments):
+        raise AssertionError("a GPU's generator")
+
+    base, before = random_causal_lm("gpt2", tokenizer), torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name in ("manual_seed", "manual_seed_all", "get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    model = add_lora(base, LoraSettings(2, 4, None, seed=5))
+    assert not [told for told in recwarn if "devices" in str(told.message)], "of more GPUs than one"
+    assert torch.equal(torch.get_rng_state(), before)
+    first, *_ = (p for name, p in model.named_parameters() if "lora_A" in name)
+    torch.default_generator.manual_seed(5)
+    expected = torch.nn.Linear(32, 2, bias=False).weight
+    torch.nn.init.kaiming_uniform_(expected, a=5**0.5)
+    assert torch.equal(first, expected)
+    torch.set_rng_state(before)
+
+
 def test_lora_goes_where_it_is_told(tokenizer):
     model = add_lora(random_causal_lm("llama", tokenizer), LoraSettings(4, 8, ["k_proj"], seed=0))
     adapted = {name.split(".lora_")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}

@@ -78,6 +78,42 @@ def test_hidden_states_are_those_of_each_sample_alone(architecture, by_mask, tok
             at += response
 
 
+@pytest.mark.parametrize("architecture", SHAPES)
+@pytest.mark.parametrize("by_mask", (True, False))
+def test_rows_wide_as_a_gpu_likes_them_change_no_state_and_no_place(architecture, by_mask, tokenizer):
+    model = random_causal_lm(architecture, tokenizer)
+    layout = replace(layout_of(model), longest_by_mask=100 if by_mask else 0)
+    for count, longest in ((12, 0), (1, 0), (2, 63)):  # of 64 positions: the padding of a row must not go beyond
+        tokens, lengths = ragged(count)
+        if longest:
+            tokens, lengths = torch.arange(count * 64).view(count, -1), np.array([[8, longest - 7], [2, 1]])
+        tokens = tokens % len(tokenizer)
+        response = tokens.shape[1] - PROMPTS
+        plain, wide = (pack(tokens, lengths, response, layout, multiple=multiple) for multiple in (None, 16))
+        assert plain.tokens.shape[1] % 16 and wide.tokens.shape[1] % 16 == 0
+        assert 0 < wide.tokens.shape[1] - plain.tokens.shape[1] < 16 and len(wide.tokens) == len(plain.tokens)
+        assert torch.equal(wide.targets, plain.targets) and torch.equal(wide.slots, plain.slots)
+        assert wide.positions.max() < 64
+        with torch.no_grad():
+            states = [response_states(model, packed) for packed in (plain, wide)]
+        torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_a_sample_is_never_wider_than_the_longest():
+    tokens, lengths = ragged(4)
+    packed = pack(tokens, lengths, RESPONSES, replace(END_TO_END, end_to_end=False), multiple=16)
+    assert packed.tokens.shape == (4, lengths.sum(1).max() - 1)
+
+
+def test_a_sample_without_a_response_may_be_in_a_wide_row():
+    tokens, lengths = ragged(3)
+    lengths[1, 1] = 0
+    packed = pack(tokens, lengths, RESPONSES, END_TO_END, multiple=16)
+    assert packed.tokens.shape[1] % 16 == 0 and len(packed.targets) == lengths[:, 1].sum()
+    nothing = pack(tokens, np.array([[2, 0]] * 3), RESPONSES, END_TO_END, multiple=16)
+    assert len(nothing.targets) == 0
+
+
 def test_a_model_that_does_not_keep_samples_apart_is_found_out(tokenizer):
     model = random_causal_lm("gpt2", tokenizer)
     forward = model.transformer.forward

@@ -5,6 +5,7 @@ import torch
 from conftest import SHAPES, random_causal_lm
 from transformers import GPT2Config, StaticCache
 
+from pipeline.assembly import bytes_to_come
 from pipeline.rollout.sizing import LARGEST_ON_CPU, bytes_per_sequence, largest_microbatch
 
 GPT2 = GPT2Config()
@@ -54,3 +55,27 @@ def test_one_goes_however_little_room_there_is():
 def test_a_cpu_takes_no_more_than_it_is_fast_with():
     assert size(512, 1e12, on_cpu=True) == LARGEST_ON_CPU
     assert size(40, 1e12, on_cpu=True) == 40
+
+
+def test_graphs_keep_memory_of_their_own_and_so_fewer_go():
+    cache, logits = 2 * 12 * 768 * 32 * 2, 50257 * (2 + 12)
+    plain, graphed = bytes_per_sequence(GPT2, TOKENS, 2), bytes_per_sequence(GPT2, TOKENS, 2, graphs=True)
+    assert graphed - plain == cache + 2 * logits
+    room = {"free_bytes": 2 * graphed * 100, "itemsize": 2, "on_cpu": False}
+    assert largest_microbatch(GPT2, 100, TOKENS, **room, graphs=True) == 100
+    assert largest_microbatch(GPT2, 101, TOKENS, **room, graphs=True) == 51
+    assert largest_microbatch(GPT2, 101, TOKENS, **room) == 101
+
+
+@pytest.mark.parametrize(
+    ("strategy", "copies", "expected"),
+    [
+        ("single", False, 12 * 6),  # gradient and Adam's two moments
+        ("ddp", False, 16 * 6),  # and the buckets
+        ("ddp", True, 16 * 6 + 2 * (6 + 10)),  # and the frozen weights are lowered too
+    ],
+)
+def test_what_training_adds_to_the_weights_is_left_free(strategy, copies, expected):
+    policy = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(4, 2)])
+    policy[1].requires_grad_(False)
+    assert bytes_to_come(policy, strategy, copies=copies) == expected

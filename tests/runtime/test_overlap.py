@@ -36,3 +36,14 @@ def test_on_a_cpu_the_work_is_done_when_its_result_is_asked_for():
     result = alongside(torch.device("cpu"), lambda: done.append(1) or "scores")
     assert not done
     assert result() == "scores" and done == [1]
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cuda", []), ("cuda:1", [1])])  # one process has no number
+def test_the_thread_works_on_the_callers_gpu(monkeypatch, device, chosen):
+    told = []
+    monkeypatch.setattr(
+        torch._C, "_cuda_setDevice", lambda index: told.append((index, threading.current_thread())), raising=False
+    )
+    assert alongside(torch.device(device), lambda: threading.current_thread())() is not threading.current_thread()
+    assert [index for index, _ in told] == chosen
+    assert threading.current_thread() not in [thread for _, thread in told]
