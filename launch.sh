@@ -75,7 +75,7 @@ cd "$root"
 
 # --- what to run: options, recipe and machine become one command
 
-program="" recipe="" config="" workers="" precision="" settings=() # as given; workers are those of each machine
+program=train recipe="" config="" workers="" precision="" settings=() # as given; workers are those of each machine
 machines=1 machine_rank="" main_ip="" main_port=""
 dry_run="" gpus=0 gpu_precision=no
 command=() # for accelerate launch
@@ -91,6 +91,9 @@ read_arguments() {
       --main_process_ip) main_ip="${2:?--main_process_ip needs an address}"; shift 2 ;;
       --main_process_port) main_port="${2:?--main_process_port needs a number}"; shift 2 ;;
       --dry-run) dry_run=1; shift ;;
+      train | sft | reward_model | frontier) # unless it is the value of a setting
+        if [ -z "$recipe${settings[*]-}" ]; then program="$1"; else settings+=("$1"); fi
+        shift ;;
       *.yaml | *.yml)
         if [ -z "$recipe" ]; then recipe="$1"; else settings+=("$1"); fi
         shift ;;
@@ -238,9 +241,7 @@ run_here() {
   exit "$status"
 }
 
-train() { # $1: the program, a module of pipeline/
-  program="$1"
-  shift
+train() {
   read_arguments "$@"
   if has_slurm_job; then
     trap 'stop_step USR1' USR1
@@ -265,7 +266,6 @@ case "${1:-}" in
     export HF_HUB_OFFLINE=1
     exec python -m pytest "$@"
     ;;
-  train | sft | reward_model | frontier) train "$@" ;;
   chat | evaluate | export | report)
     module="pipeline.$1"
     shift
@@ -273,5 +273,5 @@ case "${1:-}" in
     tune_cpu 1
     exec python -m "$module" "$@"
     ;;
-  *) train train "$@" ;;
+  *) train "$@" ;;
 esac

@@ -54,11 +54,36 @@ def test_help_names_every_way_to_call_it():
     [
         (["recipes/none.yaml"], "there is no recipe recipes/none.yaml; those shipped: recipes/"),
         (["--config", "none"], "there is no accelerate configuration none; those shipped: accelerate_configs/"),
+        (["sft"], "./launch.sh sft needs a recipe; those shipped: recipes/sft_gpt2_imdb.yaml "),
+        (["reward_model"], "needs a recipe; those shipped: recipes/reward_distilbert_imdb.yaml "),
+        (["--config", "recipes/negative.yaml"], "that is a recipe: ./launch.sh recipes/negative.yaml"),
+        (["accelerate_configs/zero2.yaml"], "./launch.sh RECIPE --config accelerate_configs/zero2.yaml"),
     ],
 )
-def test_a_missing_file_is_named_before_anything_is_started(arguments, message):
+def test_a_file_that_is_missing_or_of_another_kind_is_named_before_anything_is_started(arguments, message):
     done = run(*arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("program", ("train", "sft", "reward_model"))
+def test_the_program_is_the_command_word_whatever_the_recipe_is_called(tmp_path, program):
+    recipe = tmp_path / ("sft_clip.yaml" if program == "reward_model" else "reward_clip.yaml")
+    recipe.write_text("steps: 3\n")
+    words = [] if program == "train" else [program]
+    (line,) = planned(*words, str(recipe))
+    assert f"-m pipeline.{program} --config {recipe}" in line
+    assert ("--num_processes 2" in line) == (program == "train")
+
+
+def test_a_program_is_no_settings_value(tiny_recipe):
+    (line,) = planned("train", tiny_recipe, "--dataset_split", "sft", "--config", "cpu")
+    assert f"-m pipeline.train --config {tiny_recipe} --dataset_split sft " in line
+
+
+def test_a_configuration_of_ones_own_needs_no_more_than_accelerate_does(tmp_path, tiny_recipe):
+    config = tmp_path / "mine.yaml"
+    config.write_text("num_processes: 3\ndeepspeed_config:\n  zero_stage: 2\n  steps_per_print: 9\n")
+    assert "--num_processes 3" in planned(tiny_recipe, "--config", str(config))[0]
 
 
 def test_a_recipes_frontier_is_estimated_by_the_same_workers_and_precision_as_its_training():
