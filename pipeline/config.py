@@ -198,7 +198,7 @@ class RunSettings(Checked):
 
     output_dir: str | None = setting(None, "Where everything is written; runs/<recipe name> when absent.")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
-        None, "Precision of the forwards; null is what accelerate launch says."
+        None, "Precision of the forwards; null is the launcher's: of launch.sh bf16 where the hardware has it, else no."
     )
     seed: int = setting(0, "Everything random follows from it.")
     save_every_steps: int = setting(20, "PPO steps between checkpoints; 0: only when a signal or a fault ends the run.")

@@ -1,7 +1,8 @@
 """Train the classifier that judges the responses: fine-tune an encoder on labelled texts, or build one from scratch.
 
-    python -m pipeline.reward_model --config recipes/reward_distilbert_imdb_mini.yaml   # assets/distilbert-imdb-mini
-    python -m pipeline.reward_model --config recipes/reward_distilbert_imdb.yaml        # lvwerra/distilbert-imdb's like
+    ./launch.sh reward_model recipes/reward_distilbert_imdb_mini.yaml                   # assets/distilbert-imdb-mini
+    ./launch.sh reward_model recipes/reward_distilbert_imdb.yaml                        # lvwerra/distilbert-imdb's like
+    python -m pipeline.reward_model --config recipes/reward_distilbert_imdb_mini.yaml   # without the launcher
 
 PPO shows a reward model texts of a few words, so training shows it windows of all lengths, cut anywhere. Training is
 transformers' `Trainer`; every `TrainingArguments` field can stand in the recipe or on the command line. A run that was

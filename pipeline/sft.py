@@ -1,7 +1,8 @@
 """Train the language model PPO starts from: fine-tune a causal LM on reviews, or build a small one from scratch.
 
-    python -m pipeline.sft --config recipes/sft_gpt2_imdb_mini.yaml      # the shipped assets/gpt2-imdb-mini
-    python -m pipeline.sft --config recipes/sft_gpt2_imdb.yaml           # what made lvwerra/gpt2-imdb from GPT-2
+    ./launch.sh sft recipes/sft_gpt2_imdb_mini.yaml                      # the shipped assets/gpt2-imdb-mini
+    ./launch.sh sft recipes/sft_gpt2_imdb.yaml                           # what made lvwerra/gpt2-imdb from GPT-2
+    python -m pipeline.sft --config recipes/sft_gpt2_imdb_mini.yaml      # without the launcher
 
 Training is TRL's `SFTTrainer`; every `SFTConfig` field can stand in the recipe or on the command line. A run that was
 cut off continues from its newest checkpoint in `output_dir`.

@@ -1,4 +1,4 @@
-"""launch.sh and GPUs, which are pretended: the driver's tool, and where PyTorch is to find them a torch that says so."""
+"""launch.sh and GPUs, which are pretended: the driver's tool, and a torch that says it finds them."""
 
 import os
 
