@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -19,6 +20,7 @@ from transformers import (
 
 from pipeline.data.sources import Reviews
 from pipeline.models.scratch import new_config, new_tokenizer
+from pipeline.rollout import graphs
 
 SHAPES = {
     "gpt2": "n_layer=2,n_embd=32,n_head=4,n_positions=64",
@@ -144,6 +146,20 @@ samples_every_steps: 1
 """
     )
     return str(path)
+
+
+@pytest.fixture
+def captured(monkeypatch) -> list[int]:
+    """Has decoding take the CPU for a device with graphs, whose replay is the step; which model each was made of."""
+    models = []
+
+    def capture(steps):
+        models.append(id(steps.model))
+        return SimpleNamespace(replay=steps.step)
+
+    monkeypatch.setattr(graphs, "GRAPHED", "cpu")
+    monkeypatch.setattr(graphs, "_capture", capture)
+    return models
 
 
 @pytest.fixture

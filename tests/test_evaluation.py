@@ -100,6 +100,11 @@ def untrained(run):
     return evaluated(run)
 
 
+def test_both_models_are_sampled_by_graphs_of_their_own(run, untrained, captured):
+    assert evaluated(run).figures == untrained.figures
+    assert len(captured) == len(set(captured)) == 2
+
+
 @pytest.fixture
 def trained(run):
     """The run with a policy that has moved."""

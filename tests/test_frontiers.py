@@ -128,13 +128,14 @@ def test_a_missing_file_ends_a_training_before_a_model_is_loaded(run, tmp_path, 
     assert code == 2 and "missing.json' cannot be read" in said and not (tmp_path / "run").exists()
 
 
-def test_without_a_name_it_is_kept_where_runs_of_its_recipe_find_it(run, tmp_path, tiny_recipe, monkeypatch):
+def test_without_a_name_it_is_kept_where_runs_of_its_recipe_find_it(run, tmp_path, tiny_recipe, monkeypatch, captured):
     monkeypatch.setattr("pipeline.frontiers.DIRECTORIES", (tmp_path / "made", tmp_path / "shipped"))
     monkeypatch.setattr("pipeline.frontier.DIRECTORIES", (tmp_path / "made",))
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "a.json").write_text("no frontier")
     code, _ = run(command, "--frontier_prompts", "4", "--frontier_samples", "32", "--output_dir", tmp_path / "tiny")
     assert code == 0 and (tmp_path / "made" / "tiny.json").is_file()
+    assert len(captured) == 1, "one graph for all rounds of sampling"
 
     def evaluated(name, *settings):
         code, said = run(train, "--output_dir", tmp_path / name, "--steps", "1", *settings)
