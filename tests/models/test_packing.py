@@ -83,17 +83,16 @@ def test_hidden_states_are_those_of_each_sample_alone(architecture, by_mask, tok
 def test_rows_wide_as_a_gpu_likes_them_change_no_state_and_no_place(architecture, by_mask, tokenizer):
     model = random_causal_lm(architecture, tokenizer)
     layout = replace(layout_of(model), longest_by_mask=100 if by_mask else 0)
-    for count, longest in ((12, 0), (1, 0), (2, 63)):  # of 64 positions: the padding of a row must not go beyond
-        tokens, lengths = ragged(count)
-        if longest:
-            tokens, lengths = torch.arange(count * 64).view(count, -1), np.array([[8, longest - 7], [2, 1]])
-        tokens = tokens % len(tokenizer)
+    # One of many samples, of one, of all the model's 64 positions and next to nothing, and of three tokens.
+    for lengths in (ragged(12)[1], ragged(1)[1], np.array([[8, 56], [2, 1]]), np.array([[2, 2]])):
+        count, width = len(lengths), PROMPTS + max(RESPONSES, lengths[:, 1].max())
+        tokens = torch.arange(count * width).view(count, width) % len(tokenizer)
         response = tokens.shape[1] - PROMPTS
         plain, wide = (pack(tokens, lengths, response, layout, multiple=multiple) for multiple in (None, 16))
         assert plain.tokens.shape[1] % 16 and wide.tokens.shape[1] % 16 == 0
         assert 0 < wide.tokens.shape[1] - plain.tokens.shape[1] < 16 and len(wide.tokens) == len(plain.tokens)
         assert torch.equal(wide.targets, plain.targets) and torch.equal(wide.slots, plain.slots)
-        assert wide.positions.max() < 64
+        assert wide.positions.max() < lengths.sum(1).max(), "padding has no positions that the model may lack"
         with torch.no_grad():
             states = [response_states(model, packed) for packed in (plain, wide)]
         torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)

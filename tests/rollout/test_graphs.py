@@ -97,6 +97,7 @@ def test_a_graph_is_captured_once_and_gives_the_loops_tokens_in_each_rollout(cud
 def test_each_shape_precision_adapter_value_head_and_model_has_a_graph_of_its_own(cuda, gpt2, tokenizer):
     graphs = DecodeGraphs()
     lora = add_lora(random_causal_lm("gpt2", tokenizer, seed=1), LoraSettings(2, 4, None, 0))
+    other = random_causal_lm("gpt2", tokenizer, seed=2)
     heads = [torch.nn.Linear(32, 1), torch.nn.Linear(32, 1)]
 
     def bfloat16(*arguments, **options):
@@ -114,6 +115,7 @@ def test_each_shape_precision_adapter_value_head_and_model_has_a_graph_of_its_ow
         lambda: bfloat16(gpt2, graphs),
         lambda: sample(gpt2, graphs, value_head=heads[0]),
         lambda: sample(gpt2, graphs, value_head=heads[1]),
+        lambda: sample(other, graphs),
         lambda: sample(lora, graphs),
         unadapted,
     ]
