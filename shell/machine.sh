@@ -4,7 +4,11 @@
 ask_gpus() { # how many this machine has, and whether all of them have bf16; or the end, where they cannot be used
   local told
   if [ "$config" = cpu ] || { [ -f "$config" ] && grep -qi '^use_cpu: *true' "$config"; }; then return; fi
-  told=$(python3 -m pipeline.runtime.gpus) || exit 2
+  if [ -z "$dry_run" ] || new_enough python3; then
+    told=$(python3 -m pipeline.runtime.gpus) || exit 2
+  else # before the environment is made
+    told="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true) no"
+  fi
   read -r gpus gpu_precision <<<"$told"
 }
 

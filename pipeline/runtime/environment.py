@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from pipeline.runtime.gpus import cuda_is_usable
+
 ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "numpy")
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +25,7 @@ def environment() -> dict[str, object]:
     """What can be said of this process and its node, as one part of `environment.json`."""
     workers = int(os.environ.get("WORLD_SIZE", "1"))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(workers)))
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda_is_usable() else []
     return {
         "started": _now(),
         "ended": None,
