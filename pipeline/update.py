@@ -157,7 +157,7 @@ def update_policy(
                 minibatch_maxima[0] = torch.maximum(minibatch_maxima[0], loss.ratio_max)
                 if first:
                     minibatch_maxima[1] = torch.maximum(minibatch_maxima[1], loss.ratio_deviation)
-            minibatch_sums[-1] = tokens / accelerator.num_processes
+            minibatch_sums[-1].fill_(tokens / accelerator.num_processes)  # an assignment would wait for a GPU
             norms.append(torch.as_tensor(optimizer_step(accelerator, engine, optimizer, settings.max_grad_norm)))
             finite = norms[-1].isfinite()
             epoch_sums += torch.where(finite, minibatch_sums, 0.0)
@@ -206,7 +206,7 @@ def first_epoch_outputs(
         mine = minibatch[share(accelerator, len(minibatch))]
         for first in range(0, len(mine), settings.microbatch_size):
             index = mine[first : first + settings.microbatch_size]
-            tokens = responses.tokens[torch.from_numpy(index).to(responses.tokens.device)]
+            tokens = responses.tokens[torch.from_numpy(index).to(responses.tokens.device, non_blocking=True)]
             packed = pack(tokens, lengths[index], responses.response_tokens.shape[1], policy.layout)
             with _repeatable(policy, tokens.device):
                 outputs = policy(packed, temperature, with_entropy=True)
