@@ -87,6 +87,8 @@ def main() -> None:
                 write_preferences(figures, run)
         else:
             data, parts = all_or_none(accelerator, lambda: prepare(run, config, accelerator))
+            for note in data.training.notes:
+                console.say(note)
             choose_rollout_microbatch(config, accelerator, parts.policy, config.run.evaluation_prompts)
             evaluation = evaluate(
                 accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config,

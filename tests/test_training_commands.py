@@ -43,8 +43,10 @@ def test_chunks_are_full_but_for_short_reviews_which_end_with_eos(tokenizer):
     short, long = tokenizer("a good film").input_ids, tokenizer("the story was great").input_ids
     size = len(short) + 1
     assert 2 * size > len(long) + 1 > size  # one full chunk and a rest
-    chunks = sft.chunk_reviews(["a good film", "the story was great"], tokenizer, size)["input_ids"]
-    assert chunks == [[*short, tokenizer.eos_token_id], long[:size]]
+    chunks, notes = sft.chunk_reviews(["a good film", "the story was great"], tokenizer, size)
+    assert chunks["input_ids"] == [[*short, tokenizer.eos_token_id], long[:size]]
+    left_out, all_tokens = len(long) + 1 - size, len(short) + len(long) + 2
+    assert [note.split(" are in rests")[0] for note in notes] == [f"{left_out} of {all_tokens} training tokens"]
 
 
 def test_reward_model_from_scratch_resumes_and_learns_labels_by_name(tmp_path, monkeypatch, capsys):

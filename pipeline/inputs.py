@@ -1,0 +1,121 @@
+"""What a training reads beside its settings: fingerprints of its texts and weights, so that none is exchanged under it.
+
+A checkpoint says what it was trained on; who goes on from it with other texts or weights under the same names is
+refused. A checkpoint of before there were fingerprints is not.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from pipeline.config import Config, ConfigError
+from pipeline.data.prompts import Openings
+from pipeline.data.sources import Reviews
+from pipeline.rewards.terms import SENTIMENT, classifier_of, parse_terms
+from pipeline.runtime.checkpoints import STATE
+
+INPUTS_FILE = "inputs.json"  # in the output directory of pipeline.sft and pipeline.reward_model
+_BLOCK, _BLOCKS = 2**20, 64  # of a larger file than so many blocks, so many evenly spread ones are read
+
+Inputs = dict[str, dict[str, str]]  # setting -> its value, what is read there, the fingerprint of that
+
+
+def inputs_of(config: Config, training: Openings, held_out: Openings) -> Inputs:
+    """The inputs of a PPO run: its openings as tokens, and the weights of the models it starts from."""
+    tokens = _digest(part for side in (training, held_out) for part in (repr(side.tokens.shape), side.tokens.numpy()))
+    what = f"the openings that the tokenizer of {config.model.model_path} makes of its texts"
+    found = {"dataset": _input(config.data.dataset, what, tokens)}
+    models = {"model_path": config.model.model_path, "adapter_path": config.model.adapter_path}
+    for term in parse_terms(config.reward.reward):
+        if term.kind == SENTIMENT:
+            models["reward_model_path"] = config.reward.reward_model_path
+        elif term.kind == "classifier":
+            models[f"reward {term.source}"] = classifier_of(term)[0]
+    for setting, path in models.items():
+        weights = None if path is None else _weights(path)
+        if weights is not None:
+            found[setting] = _input(path, "its weights", weights)
+    return found
+
+
+def check_same_inputs(checkpoint: Path, config: Config, training: Openings, held_out: Openings) -> None:
+    """Raise `ConfigError` where a PPO run's texts or weights are not those of the checkpoint it goes on from."""
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    if "inputs" in state:
+        _compare(state["inputs"], inputs_of(config, training, held_out), checkpoint, "--resume never")
+
+
+def keep_to_inputs(run: TrainingArguments, dataset: str, sides: Iterable[Reviews]) -> None:
+    """Note what texts and labels a training of `Trainer` is of, in its directory, or hold them against that.
+
+    Args:
+        dataset: as the recipe names them.
+        sides: training and held-out texts.
+
+    Raises:
+        ConfigError: the newest checkpoint there was trained on others, or the directory cannot be written.
+    """
+    parts = (part for side in sides for part in ("\0".join(side.texts), repr(side.labels)))
+    inputs = {"dataset": _input(dataset, "its texts", _digest(parts))}
+    path = Path(run.output_dir) / INPUTS_FILE
+    checkpoint = get_last_checkpoint(run.output_dir) if Path(run.output_dir).is_dir() else None
+    if checkpoint is None and run.process_index == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(inputs, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"output_dir={run.output_dir!r} cannot be written: {error}; choose another.") from error
+    elif checkpoint is not None and path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        _compare(saved, inputs, Path(checkpoint), "another output_dir")
+
+
+def tell(run: TrainingArguments, notes: Iterable[str]) -> None:
+    """Print notes of a training of `Trainer`, on rank zero."""
+    for note in notes if run.process_index == 0 else ():
+        print(note, flush=True)
+
+
+def _compare(saved: Mapping[str, Mapping[str, str]], now: Inputs, checkpoint: Path, over: str) -> None:
+    for setting in sorted(saved.keys() & now.keys()):
+        then, here = saved[setting], now[setting]
+        if then["fingerprint"] != here["fingerprint"]:
+            raise ConfigError(
+                f"{setting}={here['value']!r}: {here['what']} are not those that {checkpoint} was trained with "
+                f"({then['value']!r}, fingerprint {then['fingerprint']} then and {here['fingerprint']} now). Put back "
+                f"what was there, or start over with {over}."
+            )
+
+
+def _input(value: str, what: str, fingerprint: str) -> dict[str, str]:
+    return {"value": value, "what": what, "fingerprint": fingerprint}
+
+
+def _weights(path: str) -> str | None:
+    """A fingerprint of a model's weights: of a folder its files, of a Hub name the revision; None of anything else."""
+    if not Path(path).is_dir():
+        cached = (try_to_load_from_cache(path, name) for name in ("config.json", "adapter_config.json"))
+        return next((Path(found).parent.name[:16] for found in cached if isinstance(found, str)), None)
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".bin"))
+    return _digest(block for file in files for block in _blocks(file))
+
+
+def _blocks(file: Path) -> Iterable[bytes]:
+    size = file.stat().st_size
+    yield f"{file.name} {size}".encode()
+    with file.open("rb") as content:
+        for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+            content.seek(start)
+            yield content.read(_BLOCK)
+
+
+def _digest(parts: Iterable[object]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()[:16]
