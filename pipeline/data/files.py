@@ -48,11 +48,11 @@ def read_table(path: Path, name: str, wanted: Sequence[str]) -> Table:
         DataError: it is missing, empty, of another kind or malformed; the message says in which line.
     """
     suffix = path.suffix.lower()
+    if path.is_dir():
+        raise DataError(f"{name} is a directory here; give one of the files in it.")
     if suffix not in READERS:
         kinds = ", ".join(READERS)
         raise DataError(f"{name}: files with texts end in {kinds}; this one does not. Unpack, convert or rename it.")
-    if path.is_dir():
-        raise DataError(f"{name} is a directory; give one of the files in it.")
     if not path.is_file():
         raise DataError(f"{name}: there is no such file. Give a path that exists or a Hub name.")
     if path.stat().st_size == 0:
@@ -238,7 +238,7 @@ def _read_json(path: Path, name: str, wanted: Sequence[str]) -> Table:
 
 def _read_text(path: Path, name: str, wanted: Sequence[str]) -> Table:
     with _opened(path, name) as file:
-        lines = ((number, {"text": line}) for number, line in enumerate(_without_nul(file, name), 1))
+        lines = ((number, {"text": line.removesuffix("\n")}) for number, line in enumerate(_without_nul(file, name), 1))
         return _table(lines, wanted, "line")
 
 

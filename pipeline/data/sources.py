@@ -114,10 +114,11 @@ def _notes(source: str, written: list[str | None], texts: list[str], kept: int) 
     """What the rows of a source lost on their way, a sentence each."""
     filled = sum(map(bool, texts))
     changed = sum(bool(text) and text != before for text, before in zip(texts, written, strict=True))
+    spaces = "line breaks, runs of spaces or spaces at an end: each became one space, those at the ends none"
     return [
         *counted(len(texts) - filled, len(texts), f"rows of {source} have no text and are left out"),
         *counted(filled - kept, len(texts), f"rows of {source} repeat the text of an earlier one and are left out"),
-        *counted(changed, len(texts), f"rows of {source} had line breaks or runs of spaces: each became one space"),
+        *counted(changed, len(texts), f"rows of {source} had {spaces}"),
     ]
 
 

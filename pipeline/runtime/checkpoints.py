@@ -197,8 +197,9 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
 def _joined_by_deepspeed(path: Path) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it counts its files there
-        return get_fp32_state_dict_from_zero_checkpoint(str(path), tag=DEEPSPEED_FOLDER, exclude_frozen_parameters=True)
+    # It counts its files on stdout, and takes [1] in the path it is given for a pattern.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.chdir(path):
+        return get_fp32_state_dict_from_zero_checkpoint(".", tag=DEEPSPEED_FOLDER, exclude_frozen_parameters=True)
 
 
 def joined_by_torch(folder: Path) -> dict[str, Tensor]:
