@@ -1,13 +1,16 @@
 """`pipeline.sft` and `pipeline.reward_model` from scratch on tiny shapes: train, get cut off, resume, save, card."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline import reward_model, sft
+from pipeline.errors import UserError
 from pipeline.models.loading import ModelError
 
 SHARED = ["--per_device_train_batch_size", "8", "--save_steps", "4", "--logging_steps", "1", "--save_total_limit", "1"]
@@ -20,6 +23,19 @@ def run(monkeypatch, module, *arguments: str) -> None:
     module.main()
 
 
+def refuses_other_texts(monkeypatch, module, arguments: list[str], capsys) -> None:
+    """A training that goes on with one text less; what it was trained on is as before after that."""
+    data = Path(arguments[next(i for i, name in enumerate(arguments) if name.startswith("--dataset")) + 1])
+    before = data.read_text()
+    data.write_text(before.split("\n", 1)[1])
+    capsys.readouterr()
+    with pytest.raises(
+        UserError, match=re.escape(f"dataset={str(data)!r}: its texts are not those that ") + ".*-4 was "
+    ):
+        run(monkeypatch, module, *arguments, "--max_steps", "8")
+    data.write_text(before)
+
+
 def test_sft_from_scratch_resumes_and_saves_a_model_plain_transformers_load(
     tmp_path, monkeypatch, reviews_file, capsys
 ):
@@ -28,6 +44,7 @@ def test_sft_from_scratch_resumes_and_saves_a_model_plain_transformers_load(
     arguments += ["--vocab_size", "300", "--dataset", reviews_file, "--max_length", "32", "--output_dir", str(output)]
     arguments += ["--gradient_checkpointing", "false", "--bf16", "false", "--eval_reviews", "3", *SHARED]
     run(monkeypatch, sft, *arguments, "--max_steps", "4")
+    refuses_other_texts(monkeypatch, sft, arguments, capsys)
     run(monkeypatch, sft, *arguments, "--max_steps", "8")
     state = json.loads((output / "checkpoint-8" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, 9))
@@ -72,6 +89,7 @@ def test_reward_model_from_scratch_resumes_and_learns_labels_by_name(tmp_path, m
     ]
     arguments += ["--max_window", "32", "--output_dir", str(output), *SHARED]
     run(monkeypatch, reward_model, *arguments, "--max_steps", "4")
+    refuses_other_texts(monkeypatch, reward_model, arguments, capsys)
     vocabulary = AutoTokenizer.from_pretrained(output).get_vocab()
     run(monkeypatch, reward_model, *arguments, "--max_steps", "300")
     assert AutoTokenizer.from_pretrained(output).get_vocab() == vocabulary

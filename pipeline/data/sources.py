@@ -99,9 +99,7 @@ def load_reviews(
     notes = [*table.notes, *_notes(source, written, texts, len(first))]
     if labelled:
         other = sum(labels[i] != labels[first[text]] for i, text in enumerate(texts) if text)
-        notes += counted(
-            other, len(texts), f"rows of {source} repeat a text with the other label: the first copy's counts"
-        )
+        notes += counted(other, len(texts), f"rows of {source} repeat a text with the other label: the first is kept")
     return Reviews(texts, labels, notes).select(list(first.values()))
 
 

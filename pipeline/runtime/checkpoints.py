@@ -100,7 +100,8 @@ class Checkpoints:
         check_topology(path, strategy(self.accelerator), self.accelerator.num_processes)
         self.accelerator.wait_for_everyone()
         lenient = {"load_module_strict": False} if is_deepspeed(self.accelerator) else {}
-        self.accelerator.load_state(str(path), **lenient)
+        with contextlib.chdir(path):  # DeepSpeed takes [1] in the path it is given for a pattern
+            self.accelerator.load_state(".", **lenient)
         self.accelerator.wait_for_everyone()
         return json.loads((path / STATE).read_text(encoding="utf-8"))
 
