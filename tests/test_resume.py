@@ -125,8 +125,9 @@ def test_other_texts_under_the_same_name_are_refused_and_none_of_before_fingerpr
     def write(texts):
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
-    write(reviews.texts)
-    start("run", *settings, stop_before=2)
+    write(["", *reviews.texts])
+    _, said = start("run", *settings, stop_before=2)
+    assert said.count(f"1 of 81 rows of {file} have no text and are left out.") == 1, "said at the start"
     write([text[4:] for text in reviews.texts])
     before = (run / "metrics.jsonl").read_bytes()
     code, said = start("run", *settings)

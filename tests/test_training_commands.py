@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -39,6 +40,9 @@ def refuses_other_texts(monkeypatch, module, arguments: list[str], capsys) -> No
 def test_sft_from_scratch_resumes_and_saves_a_model_plain_transformers_load(
     tmp_path, monkeypatch, reviews_file, capsys
 ):
+    reviews_file = shutil.copy(reviews_file, tmp_path)
+    with open(reviews_file, "a") as file:
+        file.write("\n" + json.dumps({"text": None}) + "\n" + json.dumps({}))
     output = tmp_path / "lm"
     arguments = ["--model_type", "gpt2", "--config_overrides", "n_layer=1,n_embd=16,n_head=2,n_positions=32"]
     arguments += ["--vocab_size", "300", "--dataset", reviews_file, "--max_length", "32", "--output_dir", str(output)]
@@ -51,7 +55,8 @@ def test_sft_from_scratch_resumes_and_saves_a_model_plain_transformers_load(
     model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
     assert model.dtype == torch.bfloat16 and len(tokenizer) == model.config.vocab_size <= 300
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == model.config.eos_token_id
-    assert "Held-out openings continued:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Held-out openings continued:" in said and f"2 of 82 rows of {reviews_file} have no text" in said
     card = (output / "README.md").read_text()
     assert "python -m pipeline.sft" in card and "held-out perplexity" in card and "## Limits" in card
 
@@ -70,7 +75,7 @@ def test_reward_model_from_scratch_resumes_and_learns_labels_by_name(tmp_path, m
     data = tmp_path / "labelled.jsonl"
     words = ["awful", "great", "boring", "lovely", "bad", "good"]  # one a text, so that each must be learned
     texts = [f"{word} film {word} and number {i} was {word}" for i, word in enumerate(words * 40)]
-    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)] + [{"text": "", "label": 0}]
     data.write_text("\n".join(map(json.dumps, rows)))
     output = tmp_path / "classifier"
     arguments = [
@@ -98,7 +103,8 @@ def test_reward_model_from_scratch_resumes_and_learns_labels_by_name(tmp_path, m
     tokenizer = AutoTokenizer.from_pretrained(output)
     inputs = tokenizer([f"{word} film {word} was {word}" for word in words], return_tensors="pt", padding=True)
     assert model(**inputs).logits.argmax(-1).tolist() == [0, 1, 0, 1, 0, 1]
-    assert "Held out:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Held out:" in said and f"1 of 241 rows of {data} have no text" in said
     assert "accuracy on" in (output / "README.md").read_text()
 
 

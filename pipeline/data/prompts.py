@@ -85,7 +85,7 @@ def make_openings(
         *counted(len(texts) - long, len(texts), f"texts have fewer than {max_tokens} tokens and give no prompt"),
         *counted(long - len(unique), long, alike),
     )  # fmt: skip
-    return Openings(torch.tensor(sides[0]), notes), Openings(torch.tensor(sides[1]))
+    return Openings(torch.tensor(sides[0]), notes=notes), Openings(torch.tensor(sides[1]))
 
 
 def prompt_batch(
