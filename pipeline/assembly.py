@@ -169,17 +169,17 @@ def build_parts(config: Config, data: Data, device: torch.device) -> Parts:
     policy, reference = build_policy_and_reference(
         model.model_path, lora=_lora(config), adapter_path=model.adapter_path, device=device
     )
-    return Parts(policy, reference, reward, open_frontier(config, reference))
+    return Parts(policy, reference, reward, open_frontier(config, data, reference))
 
 
-def open_frontier(config: Config, reference: Reference) -> Frontier | None:
+def open_frontier(config: Config, data: Data, reference: Reference) -> Frontier | None:
     """The recipe's frontier, if any; raises `ConfigError` where a named one cannot be read or is another recipe's."""
     if config.run.frontier == "none":
         return None
     if config.run.frontier == "auto":
-        return find_frontier(config, reference)
+        return find_frontier(config, reference, data.held_out)
     frontier = load_frontier(Path(config.run.frontier))
-    check_belongs(frontier, identity_of(config, reference), config.run.frontier)
+    check_belongs(frontier, identity_of(config, reference, data.held_out), config.run.frontier)
     return frontier
 
 

@@ -139,7 +139,7 @@ def prepare(run: Path, config: Config, accelerator: Accelerator) -> tuple[Data, 
     data = open_data(config)
     reward = open_reward(config, data, accelerator.device)
     policy, reference = open_tuned(run, config, accelerator.device)
-    return data, Parts(policy, reference, reward, open_frontier(config, reference))
+    return data, Parts(policy, reference, reward, open_frontier(config, data, reference))
 
 
 if __name__ == "__main__":

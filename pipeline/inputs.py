@@ -27,20 +27,35 @@ Inputs = dict[str, dict[str, str]]  # setting -> its value, what is read there, 
 
 def inputs_of(config: Config, training: Openings, held_out: Openings) -> Inputs:
     """The inputs of a PPO run: its openings as tokens, and the weights of the models it starts from."""
-    tokens = _digest(part for side in (training, held_out) for part in (repr(side.tokens.shape), side.tokens.numpy()))
     what = f"the openings that the tokenizer of {config.model.model_path} makes of its texts"
-    found = {"dataset": _input(config.data.dataset, what, tokens)}
+    found = {"dataset": _input(config.data.dataset, what, openings_fingerprint(training, held_out))}
     models = {"model_path": config.model.model_path, "adapter_path": config.model.adapter_path}
+    starts = {setting: (path, _weights(path)) for setting, path in models.items() if path is not None}
+    for setting, (path, weights) in (starts | _classifiers(config)).items():
+        if weights is not None:
+            found[setting] = _input(path, "its weights", weights)
+    return found
+
+
+def openings_fingerprint(*sides: Openings) -> str:
+    """What tells openings from others: their tokens in their order."""
+    return _digest(part for side in sides for part in (repr(side.tokens.shape), side.tokens.numpy()))
+
+
+def classifier_fingerprints(config: Config) -> dict[str, str]:
+    """What tells the weights of the classifiers of a recipe's reward from others, by setting, where it is known."""
+    return {setting: weights for setting, (_, weights) in _classifiers(config).items() if weights is not None}
+
+
+def _classifiers(config: Config) -> dict[str, tuple[str, str | None]]:
+    """(path, fingerprint) of each classifier of the reward, by the setting that names it."""
+    models = {}
     for term in parse_terms(config.reward.reward):
         if term.kind == SENTIMENT:
             models["reward_model_path"] = config.reward.reward_model_path
         elif term.kind == "classifier":
             models[f"reward {term.source}"] = classifier_of(term)[0]
-    for setting, path in models.items():
-        weights = None if path is None else _weights(path)
-        if weights is not None:
-            found[setting] = _input(path, "its weights", weights)
-    return found
+    return {setting: (path, _weights(path)) for setting, path in models.items()}
 
 
 def check_same_inputs(checkpoint: Path, config: Config, training: Openings, held_out: Openings) -> None:
