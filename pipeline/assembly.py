@@ -16,6 +16,7 @@ from pipeline.config import SECTIONS, Config, ConfigError
 from pipeline.data.prompts import Openings, make_openings
 from pipeline.data.sources import load_reviews
 from pipeline.frontiers import Frontier, check_belongs, find_frontier, identity_of, load_frontier
+from pipeline.inputs import check_same_start
 from pipeline.models.building import build_policy_and_reference, load_tuned
 from pipeline.models.loading import LoraSettings, check_context, load_config, load_tokenizer
 from pipeline.models.policy import Policy, Reference
@@ -88,7 +89,9 @@ def open_tuned(folder: Path, config: Config, device: torch.device | str) -> tupl
 
     Raises:
         ModelError, CheckpointError: a model cannot be opened, the run holds none yet, the checkpoint is damaged.
+        ConfigError: the model it started from has other weights by now.
     """
+    check_same_start(folder, config)
     model = config.model
     if is_checkpoint(folder):
         weights = trained_weights(folder)

@@ -17,7 +17,8 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.prompts import Openings
 from pipeline.data.sources import Reviews
 from pipeline.rewards.terms import SENTIMENT, classifier_of, parse_terms
-from pipeline.runtime.checkpoints import STATE
+from pipeline.run_directory import CHECKPOINTS
+from pipeline.runtime.checkpoints import STATE, all_checkpoints, is_checkpoint
 
 INPUTS_FILE = "inputs.json"  # in the output directory of pipeline.sft and pipeline.reward_model
 _BLOCK, _BLOCKS = 2**20, 64  # of a larger file than so many blocks, so many evenly spread ones are read
@@ -29,12 +30,7 @@ def inputs_of(config: Config, training: Openings, held_out: Openings) -> Inputs:
     """The inputs of a PPO run: its openings as tokens, and the weights of the models it starts from."""
     what = f"the openings that the tokenizer of {config.model.model_path} makes of its texts"
     found = {"dataset": _input(config.data.dataset, what, openings_fingerprint(training, held_out))}
-    models = {"model_path": config.model.model_path, "adapter_path": config.model.adapter_path}
-    starts = {setting: (path, _weights(path)) for setting, path in models.items() if path is not None}
-    for setting, (path, weights) in (starts | _classifiers(config)).items():
-        if weights is not None:
-            found[setting] = _input(path, "its weights", weights)
-    return found
+    return found | _starts(config) | _of_weights(_classifiers(config))
 
 
 def openings_fingerprint(*sides: Openings) -> str:
@@ -44,18 +40,28 @@ def openings_fingerprint(*sides: Openings) -> str:
 
 def classifier_fingerprints(config: Config) -> dict[str, str]:
     """What tells the weights of the classifiers of a recipe's reward from others, by setting, where it is known."""
-    return {setting: weights for setting, (_, weights) in _classifiers(config).items() if weights is not None}
+    return {setting: one["fingerprint"] for setting, one in _of_weights(_classifiers(config)).items()}
 
 
-def _classifiers(config: Config) -> dict[str, tuple[str, str | None]]:
-    """(path, fingerprint) of each classifier of the reward, by the setting that names it."""
+def _starts(config: Config) -> Inputs:
+    return _of_weights({"model_path": config.model.model_path, "adapter_path": config.model.adapter_path})
+
+
+def _of_weights(models: Mapping[str, str | None]) -> Inputs:
+    """The weights at paths named by settings, where they can be told from others."""
+    found = {setting: (path, _weights(path)) for setting, path in models.items() if path is not None}
+    return {name: _input(path, "its weights", weights) for name, (path, weights) in found.items() if weights}
+
+
+def _classifiers(config: Config) -> dict[str, str]:
+    """The path of each classifier of the reward, by the setting that names it."""
     models = {}
     for term in parse_terms(config.reward.reward):
         if term.kind == SENTIMENT:
             models["reward_model_path"] = config.reward.reward_model_path
         elif term.kind == "classifier":
             models[f"reward {term.source}"] = classifier_of(term)[0]
-    return {setting: (path, _weights(path)) for setting, path in models.items()}
+    return models
 
 
 def check_same_inputs(checkpoint: Path, config: Config, training: Openings, held_out: Openings) -> None:
@@ -63,6 +69,19 @@ def check_same_inputs(checkpoint: Path, config: Config, training: Openings, held
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     if "inputs" in state:
         _compare(state["inputs"], inputs_of(config, training, held_out), checkpoint, "--resume never")
+
+
+def check_same_start(folder: Path, config: Config) -> None:
+    """Raise `ConfigError` where the model a run, or one of its checkpoints, started from is another one by now."""
+    checkpoints = [folder] if is_checkpoint(folder) else all_checkpoints(folder / CHECKPOINTS)
+    try:
+        saved = json.loads((checkpoints[-1] / STATE).read_text(encoding="utf-8")).get("inputs", {})
+    except (IndexError, OSError, ValueError):  # a run whose checkpoints were removed; a damaged one is told elsewhere
+        return
+    now = {
+        setting: one for setting, one in _starts(config).items() if one["value"] == saved.get(setting, {}).get("value")
+    }
+    _compare(saved, now, checkpoints[-1], None)
 
 
 def keep_to_inputs(run: TrainingArguments, dataset: str, sides: Iterable[Reviews]) -> None:
@@ -96,14 +115,14 @@ def tell(run: TrainingArguments, notes: Iterable[str]) -> None:
         print(note, flush=True)
 
 
-def _compare(saved: Mapping[str, Mapping[str, str]], now: Inputs, checkpoint: Path, over: str) -> None:
+def _compare(saved: Mapping[str, Mapping[str, str]], now: Inputs, checkpoint: Path, over: str | None) -> None:
     for setting in sorted(saved.keys() & now.keys()):
         then, here = saved[setting], now[setting]
         if then["fingerprint"] != here["fingerprint"]:
             raise ConfigError(
                 f"{setting}={here['value']!r}: {here['what']} are not those that {checkpoint} was trained with "
                 f"({then['value']!r}, fingerprint {then['fingerprint']} then and {here['fingerprint']} now). Put back "
-                f"what was there, or start over with {over}."
+                f"what was there{f', or start over with {over}' if over else ''}."
             )
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.kill_and_resume import differences, kill_and_resume
 from pipeline import train
-from pipeline.errors import STATUS_FILE_VARIABLE
+from pipeline.assembly import open_run, open_tuned
+from pipeline.errors import STATUS_FILE_VARIABLE, UserError
 from pipeline.models.saving import saved_step
 from pipeline.trainer import PPOTrainer
 
@@ -151,7 +152,7 @@ def test_other_texts_under_the_same_name_are_refused_and_none_of_before_fingerpr
 
 
 @pytest.mark.parametrize("setting", ["model_path", "reward_model_path"])
-def test_other_weights_under_the_same_name_are_refused_before_any_is_loaded(
+def test_other_weights_under_the_same_name_are_refused_by_train_and_by_what_reads_the_run(
     start, tmp_path, monkeypatch, tiny_lm, tiny_classifier, setting
 ):
     model = tmp_path / "model"
@@ -164,6 +165,13 @@ def test_other_weights_under_the_same_name_are_refused_before_any_is_loaded(
     monkeypatch.setattr("pipeline.train.build_parts", lambda *_: pytest.fail("a model was loaded"))
     code, said = start("run", f"--{setting}", str(model))
     assert code == 2 and f"error: {setting}={str(model)!r}: its weights are not those that " in said, name
+    if setting == "model_path":  # what evaluate, chat and export open
+        run = tmp_path / "run"
+        for folder in (run, run / "checkpoints" / "step_000002"):
+            with pytest.raises(
+                UserError, match=re.escape(f"model_path={str(model)!r}: its weights are not those that ")
+            ):
+                open_tuned(folder, open_run("", str(run))[1], "cpu")
 
 
 def test_a_run_under_a_constant_learning_rate_can_be_made_longer(start, tmp_path):
