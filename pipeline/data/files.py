@@ -86,7 +86,7 @@ def jsonl_rows(path: Path, name: str | None = None) -> Iterator[tuple[int, Row]]
     with _opened(path, name) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                row = _json(line, name, number)
+                row = _json(line.rstrip(), name, number)
                 if not isinstance(row, dict):
                     raise DataError(f"{name}, line {number} is {line.strip()[:40]!r}, not an object {{…}}; mend it.")
                 yield number, row
