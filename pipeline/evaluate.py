@@ -36,6 +36,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.preferences import read_preferences
 from pipeline.errors import end_worker, user_errors
 from pipeline.evaluation import evaluate
+from pipeline.inputs import check_same_texts
 from pipeline.judging import key_path, marks_table, read_marks, samples_digest, write_judge_file, write_marks
 from pipeline.models.loading import load_tokenizer
 from pipeline.preferences import agreement, preferences_table, write_preferences
@@ -137,6 +138,7 @@ def judge_of(config: Config, accelerator: Accelerator) -> ComposedReward:
 def prepare(run: Path, config: Config, accelerator: Accelerator) -> tuple[Data, Parts]:
     """Load the prompts, the reward and both models; raises `UserError`."""
     data = open_data(config)
+    check_same_texts(run, config, data.training, data.held_out)
     reward = open_reward(config, data, accelerator.device)
     policy, reference = open_tuned(run, config, accelerator.device)
     return data, Parts(policy, reference, reward, open_frontier(config, data, reference))

@@ -7,6 +7,7 @@ refused. A checkpoint of before there were fingerprints is not.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -17,8 +18,8 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.prompts import Openings
 from pipeline.data.sources import Reviews
 from pipeline.rewards.terms import SENTIMENT, classifier_of, parse_terms
-from pipeline.run_directory import CHECKPOINTS
-from pipeline.runtime.checkpoints import STATE, all_checkpoints, is_checkpoint
+from pipeline.run_directory import CHECKPOINTS, differing_settings, settings_of
+from pipeline.runtime.checkpoints import STATE, all_checkpoints
 
 INPUTS_FILE = "inputs.json"  # in the output directory of pipeline.sft and pipeline.reward_model
 _BLOCK, _BLOCKS = 2**20, 64  # of a larger file than so many blocks, so many evenly spread ones are read
@@ -66,22 +67,36 @@ def _classifiers(config: Config) -> dict[str, str]:
 
 def check_same_inputs(checkpoint: Path, config: Config, training: Openings, held_out: Openings) -> None:
     """Raise `ConfigError` where a PPO run's texts or weights are not those of the checkpoint it goes on from."""
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    if "inputs" in state:
-        _compare(state["inputs"], inputs_of(config, training, held_out), checkpoint, "--resume never")
+    _, saved = _saved(checkpoint)
+    if saved:
+        _compare(saved, inputs_of(config, training, held_out), checkpoint, "--resume never")
 
 
 def check_same_start(folder: Path, config: Config) -> None:
     """Raise `ConfigError` where the model a run, or one of its checkpoints, started from is another one by now."""
-    checkpoints = [folder] if is_checkpoint(folder) else all_checkpoints(folder / CHECKPOINTS)
+    checkpoint, saved = _saved(folder)
+    starts = _starts(config)
+    same_names = {name: one for name, one in saved.items() if name in starts and one["value"] == starts[name]["value"]}
+    _compare(same_names, starts, checkpoint, None)
+
+
+def check_same_texts(folder: Path, config: Config, training: Openings, held_out: Openings) -> None:
+    """Raise `ConfigError` where a run is to be evaluated on the data it names, and that is other data by now."""
+    checkpoint, saved = _saved(folder)
+    if "dataset" in saved:
+        names = {"model_path", *(field.name for field in fields(config.data))}
+        if not names & differing_settings(settings_of(checkpoint), config).keys():
+            now = inputs_of(config, training, held_out)
+            _compare({"dataset": saved["dataset"]}, now, checkpoint, None)
+
+
+def _saved(folder: Path) -> tuple[Path, Inputs]:
+    """The newest checkpoint of a run, or the one `folder` is, and its inputs; none where there are none to compare."""
+    checkpoint = [folder, *all_checkpoints(folder / CHECKPOINTS)][-1]
     try:
-        saved = json.loads((checkpoints[-1] / STATE).read_text(encoding="utf-8")).get("inputs", {})
-    except (IndexError, OSError, ValueError):  # a run whose checkpoints were removed; a damaged one is told elsewhere
-        return
-    now = {
-        setting: one for setting, one in _starts(config).items() if one["value"] == saved.get(setting, {}).get("value")
-    }
-    _compare(saved, now, checkpoints[-1], None)
+        return checkpoint, json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("inputs", {})
+    except (OSError, ValueError):  # removed; or damaged, which is told elsewhere
+        return checkpoint, {}
 
 
 def keep_to_inputs(run: TrainingArguments, dataset: str, sides: Iterable[Reviews]) -> None:

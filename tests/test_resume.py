@@ -15,9 +15,10 @@ from launching import metrics
 from safetensors.torch import load_file, save_file
 
 from benchmarks.kill_and_resume import differences, kill_and_resume
-from pipeline import train
-from pipeline.assembly import open_run, open_tuned
+from pipeline import evaluate, train
+from pipeline.assembly import open_data, open_run, open_tuned
 from pipeline.errors import STATUS_FILE_VARIABLE, UserError
+from pipeline.inputs import check_same_texts
 from pipeline.models.saving import saved_step
 from pipeline.trainer import PPOTrainer
 
@@ -135,6 +136,11 @@ def test_other_texts_under_the_same_name_are_refused_and_none_of_before_fingerpr
     assert code == 2 and (run / "metrics.jsonl").read_bytes() == before
     assert f"error: dataset={str(file)!r}: the openings that the tokenizer of " in said
     assert "are not those that " in said and "step_000002 was trained with" in said and "--resume never" in said
+    with pytest.raises(UserError, match="step_000002 was trained with"):
+        evaluate.prepare(run, open_run("", str(run))[1], None)
+    _, config = open_run("", str(run), ("--prompt_max_tokens", "7"))  # other prompts on purpose
+    data = open_data(config)
+    check_same_texts(run, config, data.training, data.held_out)
     write([*reviews.texts, "too short to give a prompt"])
     state = run / "checkpoints/step_000002/trainer_state.json"
     content = json.loads(state.read_text())
