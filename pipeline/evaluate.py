@@ -36,6 +36,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.preferences import read_preferences
 from pipeline.errors import end_worker, user_errors
 from pipeline.evaluation import evaluate
+from pipeline.inputs import check_same_texts
 from pipeline.judging import key_path, marks_table, read_marks, samples_digest, write_judge_file, write_marks
 from pipeline.models.loading import load_tokenizer
 from pipeline.preferences import agreement, preferences_table, write_preferences
@@ -87,6 +88,8 @@ def main() -> None:
                 write_preferences(figures, run)
         else:
             data, parts = all_or_none(accelerator, lambda: prepare(run, config, accelerator))
+            for note in data.training.notes:
+                console.say(note)
             choose_rollout_microbatch(config, accelerator, parts.policy, config.run.evaluation_prompts)
             evaluation = evaluate(
                 accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config,
@@ -135,9 +138,10 @@ def judge_of(config: Config, accelerator: Accelerator) -> ComposedReward:
 def prepare(run: Path, config: Config, accelerator: Accelerator) -> tuple[Data, Parts]:
     """Load the prompts, the reward and both models; raises `UserError`."""
     data = open_data(config)
+    check_same_texts(run, config, data.training, data.held_out)
     reward = open_reward(config, data, accelerator.device)
     policy, reference = open_tuned(run, config, accelerator.device)
-    return data, Parts(policy, reference, reward, open_frontier(config, reference))
+    return data, Parts(policy, reference, reward, open_frontier(config, data, reference))
 
 
 if __name__ == "__main__":

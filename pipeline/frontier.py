@@ -39,6 +39,9 @@ def main() -> None:
         path = Path(config.run.frontier) if named else DIRECTORIES[0] / f"{config.output_dir.name}.json"
         accelerator = make_accelerator(config.run.mixed_precision)
         data = all_or_none(accelerator, lambda: open_data(config))
+        console = Console(0, enabled=accelerator.is_main_process)
+        for note in data.training.notes:
+            console.say(note)
         reward = all_or_none(accelerator, lambda: open_reward(config, data, accelerator.device))
         model = config.model
         policy, reference = all_or_none(
@@ -51,7 +54,6 @@ def main() -> None:
         frontier = estimate_frontier(accelerator, reference, reward, data.tokenizer, data.held_out, config)
         if accelerator.is_main_process:
             frontier.save(path)
-            console = Console(0, enabled=True)
             console.table("The best reward at each KL", frontier_table(frontier))
             console.say(f"Written to {path}")
         accelerator.wait_for_everyone()

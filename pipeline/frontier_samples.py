@@ -72,7 +72,7 @@ def estimate_frontier(
         taken = (~by_prompt.isnan()).sum(1).numpy()
         plans.append(more_samples(best.effective_samples.numpy(), taken, rounds * count).reshape(rounds, count))
     arrays = (prices, best.reward.T, best.kl.T, best.effective_samples.T)
-    return Frontier(*(x.numpy() for x in arrays), STAGES * rounds, identity_of(config, reference))
+    return Frontier(*(x.numpy() for x in arrays), STAGES * rounds, identity_of(config, reference, held_out))
 
 
 def more_samples(effective_samples: np.ndarray, taken: np.ndarray, extra: int) -> np.ndarray:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from pipeline.config import Config, ConfigError
+from pipeline.data.prompts import Openings
+from pipeline.inputs import classifier_fingerprints, openings_fingerprint
 from pipeline.models.loading import REFERENCE_ADAPTER
 from pipeline.models.policy import Reference
 from pipeline.ppo.optimum import kl_at
@@ -24,6 +26,8 @@ SEED = 20261  # of the samples; not the evaluation's, whose own noise is not to 
 ENOUGH_SAMPLES, TRUSTED_SHARE = 7.0, 0.9
 RESAMPLES = 2000
 DIRECTORIES = (Path("runs/frontiers"), Path("assets/frontiers"))  # a recipe's own: made here, shipped
+
+FINGERPRINT = "fingerprint of"
 
 # What a frontier is the frontier of.
 SETTINGS = (
@@ -42,7 +46,7 @@ class Frontier:
     kls: np.ndarray  # (n, B) nats
     effective_samples: np.ndarray  # (n, B)
     samples: int  # of the reference for each prompt, in the mean
-    identity: dict[str, object]  # what it belongs to: the settings, and a fingerprint of the reference's weights
+    identity: dict[str, object]  # what it belongs to: the settings, and fingerprints of weights and prompts
 
     @property
     def trusted(self) -> np.ndarray:
@@ -115,13 +119,15 @@ def load_frontier(path: Path) -> Frontier:
         ) from error
 
 
-def identity_of(config: Config, reference: Reference) -> dict[str, object]:
+def identity_of(config: Config, reference: Reference, held_out: Openings) -> dict[str, object]:
     """What a frontier of this recipe belongs to; reads the reference's weights once, whatever they are wrapped in."""
     with reference.activated() as model:
         own = [p for name, p in model.named_parameters() if "lora_" not in name or f".{REFERENCE_ADAPTER}." in name]
         digests = sorted(hashlib.sha256(p.detach().cpu().contiguous().numpy()).hexdigest() for p in own)
     whole = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return _settings_of(config) | {"reference_weights": whole[:16]}
+    read = {"held-out openings": openings_fingerprint(held_out)} | classifier_fingerprints(config)
+    fingerprints = {f"{FINGERPRINT} {name}": value for name, value in read.items()}
+    return _settings_of(config) | {"reference_weights": whole[:16]} | fingerprints
 
 
 def _settings_of(config: Config) -> dict[str, object]:
@@ -131,10 +137,14 @@ def _settings_of(config: Config) -> dict[str, object]:
 
 def _different(frontier: Frontier, identity: dict[str, object]) -> dict[str, tuple[object, object]]:
     theirs = frontier.identity
-    return {name: (theirs.get(name), ours) for name, ours in identity.items() if theirs.get(name) != ours}
+    return {
+        name: (theirs.get(name), ours)
+        for name, ours in identity.items()
+        if theirs.get(name) != ours and (name in theirs or not name.startswith(FINGERPRINT))  # older ones have none
+    }
 
 
-def find_frontier(config: Config, reference: Reference) -> Frontier | None:
+def find_frontier(config: Config, reference: Reference, held_out: Openings) -> Frontier | None:
     """The first in `DIRECTORIES` that belongs to this recipe; files that cannot be read are passed over."""
     for path in (path for directory in DIRECTORIES for path in sorted(directory.glob("*.json"))):
         try:
@@ -142,7 +152,9 @@ def find_frontier(config: Config, reference: Reference) -> Frontier | None:
         except ConfigError:
             continue
         # The weights are read only where all else agrees.
-        if not _different(frontier, _settings_of(config)) and not _different(frontier, identity_of(config, reference)):
+        if _different(frontier, _settings_of(config)):
+            continue
+        if not _different(frontier, identity_of(config, reference, held_out)):
             return frontier
     return None
 

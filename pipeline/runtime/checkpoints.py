@@ -100,7 +100,8 @@ class Checkpoints:
         check_topology(path, strategy(self.accelerator), self.accelerator.num_processes)
         self.accelerator.wait_for_everyone()
         lenient = {"load_module_strict": False} if is_deepspeed(self.accelerator) else {}
-        self.accelerator.load_state(str(path), **lenient)
+        with contextlib.chdir(path):  # DeepSpeed takes [1] in the path it is given for a pattern
+            self.accelerator.load_state(".", **lenient)
         self.accelerator.wait_for_everyone()
         return json.loads((path / STATE).read_text(encoding="utf-8"))
 
@@ -197,8 +198,9 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
 def _joined_by_deepspeed(path: Path) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it counts its files there
-        return get_fp32_state_dict_from_zero_checkpoint(str(path), tag=DEEPSPEED_FOLDER, exclude_frozen_parameters=True)
+    # It counts its files on stdout, and takes [1] in the path it is given for a pattern.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.chdir(path):
+        return get_fp32_state_dict_from_zero_checkpoint(".", tag=DEEPSPEED_FOLDER, exclude_frozen_parameters=True)
 
 
 def joined_by_torch(folder: Path) -> dict[str, Tensor]:

@@ -83,6 +83,21 @@ def test_a_review_short_of_tokens_gives_no_opening(reviews, tokenizer):
     assert all(len(row) == 20 for side in sides for row in rows(side))
 
 
+def test_every_review_that_gives_no_opening_is_counted(reviews, tokenizer):
+    zebra = reviews.texts[0]
+    few = tokenizer.decode(full_tokens(tokenizer, zebra)[:19])
+    texts = [*reviews.texts, "short", few, f"{zebra} and more", f"{zebra} or less"]
+    read = Reviews(texts, None, ["1 of 9 rows of x have no text and are left out."])
+    training, held_out = make_openings(read, tokenizer, min_characters=5, max_tokens=20)
+    assert len(training) + len(held_out) == 80
+    assert training.notes == (
+        "1 of 9 rows of x have no text and are left out.",
+        "1 of 84 texts are no longer than 5 characters (min_review_characters) and give no prompt.",
+        "1 of 83 texts have fewer than 20 tokens and give no prompt.",
+        "2 of 82 texts open like an earlier one, in all of 20 tokens, and give no prompt.",
+    )
+
+
 # Batches. Ten openings of eight tokens; the first token tells them apart.
 
 OPENINGS = Openings(torch.arange(80).reshape(10, 8) + 120)

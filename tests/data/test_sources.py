@@ -140,34 +140,34 @@ def test_a_file_without_rows_is_said_to_have_no_review(tmp_path, name, content):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "fault"),
     [
-        ("quote.csv", 'text,label\n"never closed,1\nx,0\n'),
-        ("cut.json", '[{"text": "a"'),
-        ("line.jsonl", '{"text": "a"}\nnot json\n'),
-        ("bytes.parquet", "no parquet at all"),
+        (
+            "quote.csv",
+            'text,label\n"never closed,1\nx,0\n',
+            "line 2: a quote in the row that begins there is not closed",
+        ),
+        ("cut.json", '[{"text": "a"', "line 1 is not JSON"),
+        ("line.jsonl", '{"text": "a"}\nnot json\n', "line 2 is not JSON (Expecting value, column 1)"),
+        ("bytes.parquet", "no parquet at all", "is no Parquet file that can be read"),
     ],
 )
-def test_a_malformed_file_is_named_with_the_readers_reason(tmp_path, name, content):
+def test_a_malformed_file_is_named_with_the_readers_reason(tmp_path, name, content, fault):
     path = tmp_path / name
     path.write_text(content)
-    assert "could not be read: " in message_of(path)
+    assert fault in message_of(path)
 
 
 def test_a_csv_row_with_more_fields_than_the_header_is_named(tmp_path):
     path = tmp_path / "fields.csv"
     path.write_text("text\na\nb\n1,2,3,4,5,6\n")
-    assert "line 4 has 6 fields and the header 1" in message_of(path)
+    assert "line 4: the row has more fields than the header, 6 and not 1" in message_of(path)
 
 
 def test_a_csv_with_unquoted_commas_does_not_lose_the_start_of_its_reviews(tmp_path):
     path = tmp_path / "commas.csv"
     path.write_text("text,label\nGood, really good,1\nBad, very bad,0\n")
-    try:
-        reviews = load_reviews(str(path))
-    except DataError:
-        return
-    assert reviews.texts[0].startswith("Good")
+    assert "line 2: the row has more fields than the header" in message_of(path)
 
 
 def test_an_unknown_part_of_the_package_is_named_with_those_that_exist():
