@@ -26,7 +26,9 @@ class Checked:
         # The parser rewrites the fields' own types, so the annotations are read afresh.
         for name, annotation in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if annotation == list[str] and isinstance(value, str):  # a recipe may write one as it is
+            if annotation in (list[str], list[str] | None) and isinstance(
+                value, str
+            ):  # a recipe may write one as it is
                 value = [value]
                 setattr(self, name, value)
             if not _fits(value, annotation):

@@ -36,7 +36,7 @@ class Policy(nn.Module):
         self.model = model
         self.config = model.config  # DeepSpeed's automatic settings read it from the engine's module
         self._no_split_modules = causal_lm(model)._no_split_modules  # FSDP shards block by block
-        self.layout = layout_of(model)
+        self.layout = layout_of(model, "the policy")
         hidden_size = output_head(model).in_features
         self.value_head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
@@ -116,9 +116,10 @@ class Reference:
             model: a frozen causal LM; or the policy's PEFT model, which is the reference too and nothing is copied.
         """
         self._model = model
-        self.layout = layout_of(model)
         self.is_shared = hasattr(model, "disable_adapter")
         self._engine: nn.Module | None = None
+        with self.activated():
+            self.layout = layout_of(model, "the reference")
 
     def shard(self, accelerator: Accelerator) -> None:
         """Share the weights out over the workers; raises `EngineError` without ZeRO-3."""

@@ -5,12 +5,12 @@ import torch
 from conftest import random_causal_lm
 from transformers import AutoTokenizer
 
+from pipeline.models.adapters import continue_lora
 from pipeline.models.loading import (
     LoraSettings,
     ModelError,
     add_lora,
     check_context,
-    continue_lora,
     load_causal_lm,
     load_config,
     load_tokenizer,
