@@ -69,8 +69,8 @@ def chunk_reviews(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_leng
     """Tokenize, end each review with EOS and cut it into chunks of `max_length` tokens; a short rest is dropped.
 
     A review begins as the tokenizer begins texts (BOS for Llama and Gemma), in its first chunk alone: what follows BOS
-    is the beginning of a text. Every chunk begins at position 0, as a PPO prompt does. A short rest would teach that texts which begin there end
-    soon; only a review that is short as a whole makes a short chunk.
+    is the beginning of a text. Every chunk begins at position 0, as a PPO prompt does. A short rest would teach that
+    texts which begin there end soon; only a review that is short as a whole makes a short chunk.
     """
     chunks = []
     prefix = prefix_ids(tokenizer)

@@ -38,9 +38,7 @@ class Openings:
     """The first tokens of many reviews, each different from the others."""
 
     tokens: Tensor  # (M, prefix_tokens + max_tokens)
-    prefix_tokens: int = (
-        0  # that the tokenizer puts before every text: part of every prompt, and of none of its lengths
-    )
+    prefix_tokens: int = 0  # before every text: part of every prompt, not of the lengths drawn
 
     def __len__(self) -> int:
         return len(self.tokens)

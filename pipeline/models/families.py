@@ -34,7 +34,7 @@ REFUSED = {
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
-    """Why no model of this configuration can be trained here, as the end of a sentence; None where that is not known."""
+    """Why no model of this configuration can be trained here, as the end of a sentence; None where nothing is known."""
     if config.model_type in REFUSED:
         return REFUSED[config.model_type]
     if getattr(config, "is_encoder_decoder", False):

@@ -39,12 +39,12 @@ def as_list(ids: int | Sequence[int] | None) -> list[int]:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, named: str) -> None:
-    """Raise `ModelError` where the tokenizer has ids that the model's embedding has not; `named` says whose they are."""
+    """Raise `ModelError` where the tokenizer has ids that the embedding has not; `named` says whose they are."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     needed = max(tokenizer.get_vocab().values(), default=-1) + 1
     if size is not None and needed > size:
         raise ModelError(
-            f"{named}: its tokenizer has ids up to {needed - 1}, {needed} tokens, and its embedding only {size}: one of "
-            f"them is another model's. Use the model's own tokenizer, or enlarge the embedding "
+            f"{named}: its tokenizer has ids up to {needed - 1}, so {needed} tokens, and its embedding {size}: one "
+            f"of them is another model's. Use the model's own tokenizer, or enlarge the embedding "
             f"(resize_token_embeddings({needed})) and train it."
         )

@@ -73,7 +73,10 @@ def restrict(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
 
 
 def goes_on(tokens: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
-    """Which tokens end no response, in the shape of `tokens`. Ids are numbers: a captured step copies none from the host."""
+    """Which tokens end no response, in the shape of `tokens`.
+
+    The ids are compared one by one: a tensor of them would be copied from the host, which a captured step cannot do.
+    """
     found = tokens != eos_token_ids[0]
     for other in eos_token_ids[1:]:
         found = found & (tokens != other)
