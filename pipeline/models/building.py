@@ -33,13 +33,12 @@ def build_policy_and_reference(
     with trying(model, path):
         if adapter_path is not None:
             model = continue_lora(model, adapter_path)
-            reference = Reference(model)
         elif lora is not None:
             model = add_lora(model, lora)
-            reference = Reference(model)
-        else:
-            reference = Reference(use_fast_kernels(load_causal_lm(path), device).requires_grad_(False).to(device))
-        return Policy(model).eval().to(device), reference
+        policy = Policy(model).eval().to(device)
+        if adapter_path is None and lora is None:
+            model = use_fast_kernels(load_causal_lm(path), device).requires_grad_(False).to(device)
+        return policy, Reference(model)
 
 
 def load_tuned(
@@ -60,12 +59,11 @@ def load_tuned(
         model = load_lora(original, str(directory), "the adapter of the run").eval()
         if adapter_path is not None:
             add_saved(model, adapter_path, "adapter_path", REFERENCE_ADAPTER)
-        reference = Reference(model)
     else:
-        model, reference = (
-            use_fast_kernels(load_causal_lm(str(directory)), device),
-            Reference(original.requires_grad_(False).to(device)),
-        )
-    policy = Policy(model).eval()
+        model = use_fast_kernels(load_causal_lm(str(directory)), device)
+        original = original.requires_grad_(False).to(device)
+    with trying(model, path):
+        policy = Policy(model, f"the policy of {directory}").eval()
+        reference = Reference(model if use_peft else original)
     load_value_head(policy, directory)
     return policy.to(device), reference

@@ -80,13 +80,15 @@ def layout_of(model: nn.Module, who: str = "the model") -> Layout:
 
 
 def _require_numbers(lm: nn.Module, logits: Tensor, who: str) -> None:
-    if (logits < torch.inf).all():  # which NaN is not; -inf is what some models say of tokens they never write
+    """Weights are looked at too: fused attention may make numbers of weights that are NaN."""
+    weights = lm.named_parameters()
+    spoilt = next((name for name, w in weights if not w.sum().isfinite() and not w.isfinite().all()), None)
+    if spoilt is None and (logits < torch.inf).all():  # NaN is not; -inf is what some say of tokens they never write
         return
-    spoilt = next((name for name, weight in lm.named_parameters() if not weight.isfinite().all()), None)
-    where = "though its weights are finite" if spoilt is None else f"as are weights in {spoilt}"
+    where = "its logits are, though its weights are finite" if spoilt is None else f"its weights in {spoilt} are"
     raise ModelError(
-        f"{who} cannot be used: its logits are NaN or infinite, {where}. Its files are damaged, or what wrote them had "
-        f"gone wrong: {lm.name_or_path or type(lm).__name__}"
+        f"{who} cannot be used, its logits are NaN or infinite: {where}. Its files are damaged, or the training that "
+        f"wrote them had failed: {lm.name_or_path or type(lm).__name__}"
     )
 
 

@@ -31,12 +31,13 @@ class Policy(nn.Module):
     The value head is in float32 and starts at zero, so that the first advantages are the rewards' own.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, who: str = "the policy"):
+        """Raises `ModelError`, which begins with `who`, as `layout_of` does."""
         super().__init__()
         self.model = model
         self.config = model.config  # DeepSpeed's automatic settings read it from the engine's module
         self._no_split_modules = causal_lm(model)._no_split_modules  # FSDP shards block by block
-        self.layout = layout_of(model, "the policy")
+        self.layout = layout_of(model, who)
         hidden_size = output_head(model).in_features
         self.value_head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
