@@ -1,13 +1,15 @@
 """A run of a model whose texts begin with BOS and end in two ways: training, evaluation, chat, export, frontier."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from launching import metrics, run_here
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from pipeline import export, frontier, train
+from pipeline import chat, evaluate, export, frontier, train
 from pipeline.assembly import open_run
 from pipeline.chat import open_chat
 from pipeline.rollout import rollout as sampling
@@ -59,11 +61,11 @@ def test_all_ends_are_saved_and_count_as_ends(run, bos_tokenizer):
 
 
 def test_the_chat_begins_as_training_did_and_stops_at_either_end(run, bos_tokenizer):
-    chat = open_chat(*open_run("", str(run)))
+    opened = open_chat(*open_run("", str(run)))
     bos = bos_tokenizer.bos_token_id
-    assert chat._ids("the film", 4) == chat._ids("<bos>the film", 4) == bos_tokenizer("the film").input_ids
-    assert chat._ids("the film", 4)[0] == bos and chat.eos_token_ids == (301, 0)
-    *_, last = chat.continue_opening("the film", temperature=1.0, tokens=8, samples=2)
+    assert opened._ids("the film", 4) == opened._ids("<bos>the film", 4) == bos_tokenizer("the film").input_ids
+    assert opened._ids("the film", 4)[0] == bos and opened.eos_token_ids == (301, 0)
+    *_, last = opened.continue_opening("the film", temperature=1.0, tokens=8, samples=2)
     assert not any("<bos>" in side.text for side in last.original + last.tuned)
 
 
@@ -73,6 +75,21 @@ def test_an_export_keeps_all_ends_and_the_configuration(run, bos_lm, tmp_path):
         assert GenerationConfig.from_pretrained(tmp_path / what).eos_token_id == [301, 0]
     merged, base = AutoConfig.from_pretrained(tmp_path / "merged"), AutoConfig.from_pretrained(bos_lm)
     assert (merged.eos_token_id, merged.bos_token_id) == (base.eos_token_id, base.bos_token_id)
+
+
+def test_a_run_whose_adapter_is_nan_is_refused_by_all_that_open_it(run, tmp_path, capfd):
+    spoilt = tmp_path / "run"
+    shutil.copytree(run, spoilt)
+    tensors = load_file(spoilt / "adapter_model.safetensors")
+    next(tensor for name, tensor in tensors.items() if "lora_B" in name).fill_(float("nan"))
+    save_file(tensors, spoilt / "adapter_model.safetensors")
+    commands = ((evaluate.main, spoilt), (chat.main, spoilt),
+                (export.main, spoilt, "--what", "merged", "--to", tmp_path / "merged"))  # fmt: skip
+    for command in commands:
+        assert run_here(*command) == 2
+        error = capfd.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: the policy of {spoilt} cannot be used, its logits are NaN or infinite")
+        assert "lora_B" in error
 
 
 def test_a_policy_that_becomes_nan_ends_the_run_with_a_line_that_says_so(tiny_recipe, tmp_path, monkeypatch, capfd):

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.data.prompts import make_openings, prompt_batch
 from pipeline.data.sources import DataError, Reviews
 from pipeline.data.tokens import prefix_ids, prompt_text, start_ids, text_ids
+from pipeline.preferences import tokenized
 from pipeline.rollout.rollout import Responses, response_texts
 from pipeline.sft import chunk_reviews
 
@@ -58,6 +59,14 @@ def test_a_text_that_spells_bos_out_gets_no_second_one_and_other_special_tokens_
         min_characters=200, max_tokens=50,
     )  # fmt: skip
     assert ((openings.tokens == bos_tokenizer.bos_token_id).sum(1) == 1).all()
+
+
+def test_texts_whose_likelihood_is_read_begin_with_bos_once_too(tokenizer, bos_tokenizer):
+    prompts, responses = ["the film", "", "<bos>the film"], [[" was great", " was bad"]] * 3
+    plain, marked = (tokenized(one, prompts[:2], responses[:2]) for one in (tokenizer, bos_tokenizer))
+    bos = bos_tokenizer.bos_token_id
+    assert marked[0] == ((bos, *plain[0][0]), plain[0][1]) and marked[1] == ((bos,), plain[1][1])
+    assert tokenized(bos_tokenizer, prompts, responses)[2] == marked[0]
 
 
 def test_a_text_for_fine_tuning_begins_with_bos_once_and_ends_with_eos(bos_tokenizer):

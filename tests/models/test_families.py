@@ -18,6 +18,7 @@ from pipeline.models.packing import pack
 from pipeline.models.policy import Policy, Reference
 from pipeline.rollout.rollout import policy_outputs, reference_logprobs, sample_responses
 from pipeline.rollout.sampling import SamplingOptions
+from pipeline.rollout.sizing import bytes_per_sequence
 from pipeline.rollout.trial import check_sampling
 
 PROMPTS = ([BOS, 15, 16, 17], [BOS], [30, 31], [20])  # with BOS and without
@@ -66,6 +67,7 @@ def test_sampling_update_and_reference_say_what_a_plain_forward_of_each_sample_s
             torch.testing.assert_close(
                 logprobs[i, : len(response)], expected, atol=1e-5, rtol=0, msg=lambda text, at=what: f"{at}: {text}"
             )
+    assert bytes_per_sequence(plain.config, 10, 4) > 0
     assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
 
 
