@@ -15,16 +15,20 @@ from transformers.utils import logging as transformers_logging
 from pipeline.config import SECTIONS, Config, ConfigError
 from pipeline.data.prompts import Openings, make_openings
 from pipeline.data.sources import load_reviews
+from pipeline.data.tokens import prefix_ids, prompt_text
 from pipeline.frontiers import Frontier, check_belongs, find_frontier, identity_of, load_frontier
 from pipeline.inputs import check_same_start
 from pipeline.models.building import build_policy_and_reference, load_tuned
-from pipeline.models.loading import LoraSettings, check_context, load_config, load_tokenizer
+from pipeline.models.forward import layout_of
+from pipeline.models.loading import LoraSettings, check_context
 from pipeline.models.policy import Policy, Reference
+from pipeline.models.vocabulary import load_config_and_tokenizer
 from pipeline.rewards.composed import ComposedReward
 from pipeline.rewards.loading import check_terms, load_reward
 from pipeline.rewards.terms import length_range, parse_terms
 from pipeline.rollout.sampling import sampling_options
 from pipeline.rollout.sizing import largest_microbatch
+from pipeline.rollout.trial import check_sampling
 from pipeline.run_directory import CONFIG_FILE
 from pipeline.runtime.checkpoints import is_checkpoint, restore_trained, trained_weights
 from pipeline.runtime.command import parse_recipe, split_recipe
@@ -95,12 +99,31 @@ def open_tuned(folder: Path, config: Config, device: torch.device | str) -> tupl
     model = config.model
     if is_checkpoint(folder):
         weights = trained_weights(folder)
-        policy, reference = build_policy_and_reference(
-            model.model_path, lora=_lora(config), adapter_path=model.adapter_path, device=device
-        )
+        policy, reference = open_start(config, device, lora=_lora(config))
         restore_trained(policy, weights)
+        layout_of(policy.model, f"the policy of {folder}")  # whether its logits are numbers still
         return policy, reference
-    return load_tuned(model.model_path, folder, use_peft=model.use_peft, adapter_path=model.adapter_path, device=device)
+    policy, reference = load_tuned(
+        model.model_path, folder, use_peft=model.use_peft, adapter_path=model.adapter_path, device=device
+    )
+    check_sampling(policy, model.model_path)
+    return policy, reference
+
+
+def open_start(
+    config: Config, device: torch.device | str, *, lora: LoraSettings | None = None
+) -> tuple[Policy, Reference]:
+    """The policy as training starts with it, and the reference; without `lora` both are the model as it is.
+
+    Raises:
+        ModelError: see `build_policy_and_reference` and `check_sampling`.
+    """
+    model = config.model
+    policy, reference = build_policy_and_reference(
+        model.model_path, lora=lora, adapter_path=model.adapter_path, device=device
+    )
+    check_sampling(policy, model.model_path)
+    return policy, reference
 
 
 def _lora(config: Config) -> LoraSettings | None:
@@ -116,10 +139,13 @@ def open_data(config: Config) -> Data:
     Raises:
         ConfigError, ModelError, RewardError, DataError: before any model is loaded.
     """
+    model_config, tokenizer = load_config_and_tokenizer(config.model.model_path)
     check_context(
-        load_config(config.model.model_path), config.data.prompt_max_tokens, config.rollout.response_max_tokens
+        model_config,
+        config.data.prompt_max_tokens,
+        config.rollout.response_max_tokens,
+        len(prefix_ids(tokenizer)),
     )
-    tokenizer = load_tokenizer(config.model.model_path)
     check_terms(
         parse_terms(config.reward.reward),
         model_path=config.reward.reward_model_path,
@@ -143,8 +169,9 @@ def open_reward(config: Config, data: Data, device: torch.device) -> ComposedRew
     """
     reward = make_reward(config, device)
     half = max(1, config.data.prompt_max_tokens // 2)
-    prompts = [data.tokenizer.decode(row[:half]) for row in data.training.tokens[:2]]
-    responses = [data.tokenizer.decode(row[half:]) for row in data.training.tokens[:2]]
+    rows = data.training.tokens[:2, data.training.prefix_tokens :]
+    prompts = [prompt_text(data.tokenizer, row[:half]) for row in rows]
+    responses = [data.tokenizer.decode(row[half:], skip_special_tokens=True) for row in rows]
     reward.try_texts(prompts, responses)
     return reward
 
@@ -168,10 +195,7 @@ def build_parts(config: Config, data: Data, device: torch.device) -> Parts:
     if config.run.frontier not in ("none", "auto"):
         load_frontier(Path(config.run.frontier))  # a fault in the file shows before a model is loaded
     reward = open_reward(config, data, device)
-    model = config.model
-    policy, reference = build_policy_and_reference(
-        model.model_path, lora=_lora(config), adapter_path=model.adapter_path, device=device
-    )
+    policy, reference = open_start(config, device, lora=_lora(config))
     return Parts(policy, reference, reward, open_frontier(config, data, reference))
 
 

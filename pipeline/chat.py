@@ -18,7 +18,7 @@ from pipeline.assembly import make_reward, open_run, open_tuned
 from pipeline.chatting import Chat
 from pipeline.config import Config, ConfigError
 from pipeline.errors import user_errors
-from pipeline.models.loading import load_tokenizer
+from pipeline.models.vocabulary import load_config_and_tokenizer
 from pipeline.runtime.command import raise_error
 from pipeline.runtime.gpus import cuda_is_usable
 
@@ -64,9 +64,10 @@ def check_port(port: int | None) -> None:
 def open_chat(run: Path, config: Config) -> Chat:
     """Load the reward and both models; raises `UserError`."""
     device = "cuda" if cuda_is_usable() else "cpu"
+    _, tokenizer = load_config_and_tokenizer(config.model.model_path)
     reward = make_reward(config, device)
     policy, reference = open_tuned(run, config, device)
-    return Chat(policy, reference, reward, load_tokenizer(config.model.model_path), config)
+    return Chat(policy, reference, reward, tokenizer, config)
 
 
 def serve(chat: Chat, run: Path, *, port: int | None, share: bool) -> None:

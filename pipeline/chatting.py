@@ -9,10 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Config
+from pipeline.data.tokens import prefix_ids, prompt_text, text_ids
 from pipeline.errors import UserError
 from pipeline.evaluation import reading_and_kl
 from pipeline.models.kernels import many_forwards
 from pipeline.models.policy import Policy, Reference
+from pipeline.models.vocabulary import eos_token_ids
 from pipeline.rewards.composed import ComposedReward
 from pipeline.rewards.protocol import RewardError
 from pipeline.rollout.decoding import Decoded, decode_stepwise
@@ -55,6 +57,7 @@ class Chat:
     ):
         self.policy, self.reference, self.reward = policy, reference, reward
         self.tokenizer, self.config = tokenizer, config
+        self.eos_token_ids = eos_token_ids(policy.model, tokenizer)
         self._one_at_a_time = threading.Lock()  # who leaves in mid-step must not have the adapter switched under him
 
     @property
@@ -80,7 +83,7 @@ class Chat:
         mask = torch.ones_like(prompts, dtype=torch.bool)
         uniforms, lengths = (x.to(device) for x in sampling_noise(self.config.run.seed, turn, samples, tokens, tokens))
         options = replace(sampling_options(self.config.rollout), temperature=temperature)
-        prompt_text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        read_as = prompt_text(self.tokenizer, ids)
 
         def stream(model: torch.nn.Module) -> Iterator[Decoded]:
             return decode_stepwise(
@@ -89,7 +92,7 @@ class Chat:
                 mask,
                 uniforms,
                 lengths,
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=self.eos_token_ids,
                 pad_token_id=self.tokenizer.pad_token_id,
                 options=options,
             )
@@ -98,7 +101,7 @@ class Chat:
             return Responses(prompts, mask, decoded.tokens, decoded.mask)
 
         def so_far(decoded: Decoded) -> list[Continuation]:
-            texts = response_texts(responses(decoded), [prompt_text] * samples, self.tokenizer)
+            texts = response_texts(responses(decoded), [read_as] * samples, self.tokenizer)
             return [Continuation(text.rstrip("\ufffd")) for text in texts]  # half of a letter of several bytes
 
         with self._one_at_a_time, self.reference.activated() as model:
@@ -117,14 +120,15 @@ class Chat:
             yield Sides(so_far(left), so_far(right))
         with self._one_at_a_time:
             yield Sides(
-                self._judged(None, responses(left), prompt_text, temperature),
-                self._judged(self.policy, responses(right), prompt_text, temperature),
+                self._judged(None, responses(left), read_as, temperature),
+                self._judged(self.policy, responses(right), read_as, temperature),
             )
 
     def _ids(self, opening: str, tokens: int) -> list[int]:
-        ids = self.tokenizer(opening.rstrip(), add_special_tokens=False, verbose=False).input_ids
+        (ids,) = text_ids(self.tokenizer, [opening.rstrip()])
         if not ids:
             raise ChatError("Type the beginning of a text first: a few words will do.")
+        ids = [*prefix_ids(self.tokenizer), *ids]
         if self.context is not None and len(ids) + tokens > self.context:
             raise ChatError(
                 f"The opening has {len(ids)} tokens and the continuation up to {tokens}: together {len(ids) + tokens}, "
@@ -134,17 +138,17 @@ class Chat:
 
     @torch.no_grad()
     def _judged(
-        self, policy: Policy | None, responses: Responses, prompt_text: str, temperature: float
+        self, policy: Policy | None, responses: Responses, prompt: str, temperature: float
     ) -> list[Continuation]:
         count = len(responses)
         reading, kl = reading_and_kl(
             policy, self.reference, self.reward, self.tokenizer, responses,
             temperature=temperature, microbatch_size=count,
         )  # fmt: skip
-        texts = response_texts(responses, [prompt_text] * count, self.tokenizer)
+        texts = response_texts(responses, [prompt] * count, self.tokenizer)
         fault = None
         try:
-            measures = self.reward.measures([prompt_text] * count, texts, reading)
+            measures = self.reward.measures([prompt] * count, texts, reading)
         except RewardError as error:  # what was written is still worth reading
             measures, fault = {}, str(error)
         shown: dict[str, Tensor] = {name: measures[name] for name in (self.reward.measure, "probability")

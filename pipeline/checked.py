@@ -26,8 +26,8 @@ class Checked:
         # The parser rewrites the fields' own types, so the annotations are read afresh.
         for name, annotation in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if annotation == list[str] and isinstance(value, str):  # a recipe may write one as it is
-                value = [value]
+            if isinstance(value, str) and annotation in (list[str], list[str] | None):
+                value = [value]  # a recipe may write one as it is
                 setattr(self, name, value)
             if not _fits(value, annotation):
                 raise ConfigError(f"{name}={value!r} is not {_describe(annotation)}.")

@@ -24,7 +24,7 @@ class ModelSettings(Checked):
     lora_r: int = setting(16, "Rank of the LoRA adapters.")
     lora_alpha: int = setting(32, "LoRA scaling numerator: the adapter's output is scaled by lora_alpha / lora_r.")
     lora_target_modules: list[str] | None = setting(
-        None, "Names of the modules that get adapters; PEFT's choice for the architecture when absent."
+        None, "Names of the modules that get adapters, or all-linear; PEFT's choice for the architecture when absent."
     )
     adapter_path: str | None = setting(
         None, "A LoRA adapter of model_path to go on training; the reference keeps it as it is. Its shape is its own."

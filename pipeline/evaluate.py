@@ -38,7 +38,7 @@ from pipeline.errors import end_worker, user_errors
 from pipeline.evaluation import evaluate
 from pipeline.inputs import check_same_texts
 from pipeline.judging import key_path, marks_table, read_marks, samples_digest, write_judge_file, write_marks
-from pipeline.models.loading import load_tokenizer
+from pipeline.models.vocabulary import load_config_and_tokenizer
 from pipeline.preferences import agreement, preferences_table, write_preferences
 from pipeline.reporting import show_evaluation, write_report
 from pipeline.rewards.composed import ComposedReward
@@ -78,7 +78,7 @@ def main() -> None:
                 lambda: (
                     judge_of(config, accelerator),
                     *open_tuned(run, config, accelerator.device),
-                    load_tokenizer(config.model.model_path),
+                    load_config_and_tokenizer(config.model.model_path)[1],
                 ),
             )
             choose_rollout_microbatch(config, accelerator, policy, len(preferences))

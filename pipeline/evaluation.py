@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
+from pipeline.data.tokens import start_ids
 from pipeline.frontiers import Frontier, overspend, overspend_cell
 from pipeline.intervals import bootstrap_interval
 from pipeline.models.card import markdown_table
-from pipeline.models.loading import first_token_id
 from pipeline.models.policy import Policy, Reference
+from pipeline.models.vocabulary import eos_token_ids
 from pipeline.plane import curve_of, draw_plane, way_of
 from pipeline.ppo.kl import kl_estimate
 from pipeline.rewards.composed import ComposedReward
@@ -189,7 +190,7 @@ def _side(
             uniforms[mine],
             lengths[mine],
             microbatch_size=rollout.rollout_microbatch_size,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=eos_token_ids(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             options=sampling_options(rollout),
             graphs=graphs,
@@ -221,9 +222,7 @@ def reading_and_kl(
     `policy` is the one that sampled them, None where the reference did, whose KL is zero.
     """
     options = {"temperature": temperature, "microbatch_size": microbatch_size}
-    reading = read(
-        reference, responses, unprompted=reward.unprompted, first_token_id=first_token_id(tokenizer), **options
-    )
+    reading = read(reference, responses, unprompted=reward.unprompted, start_ids=start_ids(tokenizer), **options)
     logprobs = reading.logprobs if policy is None else policy_outputs(policy, responses, **options).logprobs
     return reading, kl_estimate(logprobs, reading.logprobs).sum(1)
 

@@ -19,8 +19,8 @@ from pipeline.data.sources import PACKAGE
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation, figures_table
 from pipeline.models.card import markdown_table, stated_licence, write_card
-from pipeline.models.loading import load_tokenizer
 from pipeline.models.saving import save_causal_lm, saved_step
+from pipeline.models.vocabulary import load_config_and_tokenizer
 from pipeline.rewards.terms import SENTIMENT, parse_terms
 from pipeline.run_directory import EVALUATION_FILE, METRICS_FILE
 from pipeline.runtime.checkpoints import is_checkpoint
@@ -52,8 +52,9 @@ def write_export(export: Export, config: Config, command: str) -> float:
         ModelError, CheckpointError: see `open_tuned`.
         ExportError: the disk is full, or the files say something else than the policy.
     """
+    _, tokenizer = load_config_and_tokenizer(config.model.model_path)
     policy, _ = open_tuned(export.run, config, "cpu")
-    model, tokenizer = policy.model, load_tokenizer(config.model.model_path)
+    model = policy.model
     length = min(32, getattr(model.config, "max_position_embeddings", 32))
     probe = torch.randint(model.config.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
     expected = _logits(model, probe)

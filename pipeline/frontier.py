@@ -14,13 +14,13 @@ from pipeline.assembly import (
     choose_rollout_microbatch,
     open_data,
     open_reward,
+    open_start,
     parse_config,
 )
 from pipeline.config import ConfigError
 from pipeline.errors import end_worker, user_errors, worker_faults
 from pipeline.frontier_samples import estimate_frontier
 from pipeline.frontiers import DIRECTORIES, Frontier
-from pipeline.models.building import build_policy_and_reference
 from pipeline.runtime.console import Console
 from pipeline.runtime.distributed import all_or_none, make_accelerator
 
@@ -43,13 +43,7 @@ def main() -> None:
         for note in data.training.notes:
             console.say(note)
         reward = all_or_none(accelerator, lambda: open_reward(config, data, accelerator.device))
-        model = config.model
-        policy, reference = all_or_none(
-            accelerator,
-            lambda: build_policy_and_reference(
-                model.model_path, lora=None, adapter_path=model.adapter_path, device=accelerator.device
-            ),
-        )
+        policy, reference = all_or_none(accelerator, lambda: open_start(config, accelerator.device))
         choose_rollout_microbatch(config, accelerator, policy, config.run.frontier_prompts * accelerator.num_processes)
         frontier = estimate_frontier(accelerator, reference, reward, data.tokenizer, data.held_out, config)
         if accelerator.is_main_process:

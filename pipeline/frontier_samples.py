@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
+from pipeline.data.tokens import start_ids
 from pipeline.frontiers import ENOUGH_SAMPLES, SEED, TRUSTED_SHARE, Frontier, identity_of
-from pipeline.models.loading import first_token_id
 from pipeline.models.policy import Reference
+from pipeline.models.vocabulary import eos_token_ids
 from pipeline.ppo.optimum import optimum
 from pipeline.rewards.composed import ComposedReward
 from pipeline.rewards.reading import read
@@ -124,13 +125,13 @@ def _scores(
     with reference.activated() as model, autocast(accelerator):
         responses, _ = sample_responses(
             model, prompts, uniforms, lengths, microbatch_size=rollout.rollout_microbatch_size,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, options=sampling_options(rollout),
-            graphs=graphs,
+            eos_token_id=eos_token_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
+            options=sampling_options(rollout), graphs=graphs,
         )  # fmt: skip
         reading = None
         if reward.reads:
             reading = read(
-                reference, responses, unprompted=reward.unprompted, first_token_id=first_token_id(tokenizer),
+                reference, responses, unprompted=reward.unprompted, start_ids=start_ids(tokenizer),
                 temperature=rollout.temperature, microbatch_size=rollout.rollout_microbatch_size,
             )  # fmt: skip
         texts = response_texts(responses, prompts.text, tokenizer)

@@ -1,5 +1,6 @@
 """Guards: what no healthy step does, and when a run has to stop."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ class Guards:
         Raises:
             GuardError: it was too often in a row.
         """
-        told = self._gradients(settings, applied)
+        told = self._gradients(settings, applied, spoilt_model(metrics))
         wrong = self._policy(settings, metrics)
         self.bad = self.bad + 1 if wrong else 0
         if self.bad == IN_A_ROW:
@@ -45,12 +46,13 @@ class Guards:
             )
         return told + wrong
 
-    def _gradients(self, settings: PPOSettings, applied: Sequence[bool]) -> list[str]:
+    def _gradients(self, settings: PPOSettings, applied: Sequence[bool], spoilt: str | None) -> list[str]:
         for taken in applied:
             self.skipped = 0 if taken else self.skipped + 1
             if self.skipped == IN_A_ROW:
                 raise GuardError(
-                    f"loss or gradient was NaN or infinite in {IN_A_ROW} optimiser steps in a row, which were skipped. "
+                    f"loss or gradient was NaN or infinite in {IN_A_ROW} optimiser steps in a row, which were skipped"
+                    f"{f', since {spoilt}' if spoilt else ''}. "
                     f"Lower learning_rate={settings.learning_rate:g}, or use --mixed_precision no, and start over "
                     f"(--resume never)."
                 )
@@ -60,6 +62,9 @@ class Guards:
         return [f"{missing} of {len(applied)} optimiser steps skipped: their loss or gradient was NaN or infinite"]
 
     def _policy(self, settings: PPOSettings, metrics: Mapping[str, float]) -> list[str]:
+        spoilt = spoilt_model(metrics)
+        if spoilt is not None:  # then the other figures say nothing
+            return [spoilt]
         if self.first_entropy is None:
             self.first_entropy = metrics["ppo/entropy"]
         wrong = []
@@ -87,3 +92,14 @@ class Guards:
                 f"(guard_entropy={settings.guard_entropy:g} of the first)",
             )
         return wrong
+
+
+def spoilt_model(metrics: Mapping[str, float]) -> str | None:
+    """Which model's logits were NaN or infinite in the step of these metrics, as a sentence; None where neither's were.
+
+    Sampling goes on from such logits, since it cannot stop on a device without waiting for it: here is where it shows.
+    """
+    for model, figure in (("policy", "ppo/entropy"), ("reference", "kl/sequence_k1")):
+        if not math.isfinite(metrics[figure]):
+            return f"the {model}'s logits are NaN or infinite"
+    return None

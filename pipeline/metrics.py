@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.ppo.advantages import Advantages, explained_variance
 from pipeline.ppo.kl import kl_estimate
 from pipeline.rollout.rollout import Rollout
+from pipeline.rollout.sampling import goes_on
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class StepReport:
     samples: list[Sample]
 
 
-def step_metrics(rollout: Rollout, advantages: Advantages, eos_token_id: int) -> dict[str, float]:
+def step_metrics(rollout: Rollout, advantages: Advantages, eos_token_ids: Sequence[int]) -> dict[str, float]:
     """Figures of a rollout batch: rewards, KL, entropy, lengths, the critic's fit."""
     mask = rollout.response_mask
     tokens, samples = mask.sum(), len(rollout)
@@ -56,7 +57,7 @@ def step_metrics(rollout: Rollout, advantages: Advantages, eos_token_id: int) ->
         "response/length_mean": lengths.float().mean(),
         "response/length_min": lengths.min(),
         "response/length_max": lengths.max(),
-        "response/eos_fraction": (last == eos_token_id).float().mean(),
+        "response/eos_fraction": (~goes_on(last, eos_token_ids)).float().mean(),
     }
     return dict(zip(figures, torch.stack([v.float() for v in figures.values()]).tolist(), strict=True))
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Config
 from pipeline.data.preferences import Preferences
+from pipeline.data.tokens import prefix_ids, start_ids, text_ids
 from pipeline.intervals import RANKINGS, bootstrap_interval, rank_figures
 from pipeline.models.card import markdown_table
-from pipeline.models.loading import first_token_id
 from pipeline.models.policy import Policy, Reference
 from pipeline.rewards.composed import ComposedReward
 from pipeline.rollout.rollout import Responses, policy_outputs, reference_logprobs
@@ -50,19 +50,19 @@ def tokenized(
     """Each row as (prompt tokens, tokens of each response), cut at one place for all responses of a row.
 
     Prompt and response are tokenized as one text, as a model would have read it. Where the prompt's last letters make a
-    token with the response's first ones, the cut is before that token. An empty prompt becomes the BOS token, or EOS,
-    which GPT-2 has instead.
+    token with the response's first ones, the cut is before that token. What the tokenizer puts before every text stands
+    before the prompt; an empty prompt of a tokenizer that puts nothing there becomes the BOS token, or EOS, which GPT-2
+    has instead.
     """
-    start = first_token_id(tokenizer)
-    encode = {"add_special_tokens": False, "truncation": False, "verbose": False}
+    prefix, start = prefix_ids(tokenizer), start_ids(tokenizer)
     width = len(responses[0])
     flat = [prompt + text for prompt, texts in zip(prompts, responses, strict=True) for text in texts]
-    wholes = tokenizer(flat, **encode).input_ids
+    wholes = text_ids(tokenizer, flat)
     rows = []
-    for i, prompt in enumerate(tokenizer(list(prompts), **encode).input_ids):
+    for i, prompt in enumerate(text_ids(tokenizer, prompts)):
         own = wholes[i * width : (i + 1) * width]
         cut = max(0, min(min(_common(prompt, whole), len(whole) - 1) for whole in own))  # at least one token is read
-        rows.append((tuple(own[0][:cut]) or (start,), [tuple(whole[cut:]) for whole in own]))
+        rows.append(((*prefix, *own[0][:cut]) or start, [tuple(whole[cut:]) for whole in own]))
     return rows
 
 

@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.data.sources import Reviews, counted, load_reviews, split_held_out
+from pipeline.data.tokens import prefix_ids, text_ids
 from pipeline.errors import user_errors
 from pipeline.inputs import keep_to_inputs, tell
 from pipeline.models.card import write_model_card
@@ -76,15 +77,17 @@ SETTINGS = (SFTArguments, SFTConfig)
 def chunk_reviews(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, list[str]]:
     """Tokenize, end each review with EOS and cut it into chunks of `max_length` tokens; a short rest is dropped.
 
-    Every chunk begins at position 0, as a PPO prompt does. A short rest would teach that texts which begin there end
-    soon; only a review that is short as a whole makes a short chunk.
+    A review begins as the tokenizer begins texts (BOS for Llama and Gemma), in its first chunk alone: what follows BOS
+    is the beginning of a text. Every chunk begins at position 0, as a PPO prompt does. A short rest would teach that
+    texts which begin there end soon; only a review that is short as a whole makes a short chunk.
 
     Returns:
         the chunks as `input_ids`, and a note of how many tokens were dropped.
     """
     chunks, tokens = [], 0
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids:
-        ids = [*ids, tokenizer.eos_token_id]
+    prefix = prefix_ids(tokenizer)
+    for ids in text_ids(tokenizer, texts):
+        ids = [*prefix, *ids, tokenizer.eos_token_id]
         tokens += len(ids)
         whole = range(0, len(ids) - max_length + 1, max_length)
         chunks += [ids[start : start + max_length] for start in whole] or [ids]
@@ -131,7 +134,7 @@ def continuations(model, tokenizer, texts: list[str], *, prompt_tokens: int = 4,
     """Sampled continuations of the first tokens of `texts`, for a person to read."""
     samples = []
     for text in texts:
-        prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :prompt_tokens]
+        prompt = torch.tensor([[*prefix_ids(tokenizer), *text_ids(tokenizer, [text])[0][:prompt_tokens]]])
         tokens = model.generate(
             prompt.to(model.device),
             attention_mask=torch.ones_like(prompt, device=model.device),

@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Config
 from pipeline.data.prompts import Openings, PromptBatch, prompt_batch
+from pipeline.data.tokens import start_ids
 from pipeline.guards import Guards
 from pipeline.metrics import StepReport, part_metrics, step_metrics, step_report
-from pipeline.models.loading import first_token_id
 from pipeline.models.policy import Policy, Reference
+from pipeline.models.vocabulary import eos_token_ids
 from pipeline.phases import Phases
 from pipeline.ppo.advantages import Advantages, compute_advantages
 from pipeline.ppo.kl import adapted_kl_coef, kl_estimate
@@ -59,6 +60,7 @@ class PPOTrainer:
         self.reference = reference
         self.reward = reward
         self.tokenizer = tokenizer
+        self.eos_token_ids = eos_token_ids(policy.model, tokenizer)
         self.openings = openings
         self.config = config
         # Decoding token by token equals a forward over the whole to float32's rounding, and not to bfloat16's.
@@ -163,7 +165,7 @@ class PPOTrainer:
                 uniforms[mine],
                 lengths[mine],
                 microbatch_size=rollout.rollout_microbatch_size,
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=self.eos_token_ids,
                 pad_token_id=self.tokenizer.pad_token_id,
                 options=sampling_options(rollout),
                 value_head=self.policy.value_head if self.keeps_outputs else None,
@@ -195,7 +197,7 @@ class PPOTrainer:
                 self.reference,
                 responses,
                 unprompted=self.reward.unprompted,
-                first_token_id=first_token_id(self.tokenizer),
+                start_ids=start_ids(self.tokenizer),
                 temperature=rollout.temperature,
                 microbatch_size=rollout.rollout_microbatch_size,
             )
@@ -268,7 +270,7 @@ class PPOTrainer:
     def metrics(self, step: int, rollout: Rollout, advantages: Advantages, stats: UpdateStats) -> dict[str, float]:
         """All figures of a step under their public names."""
         return {
-            **step_metrics(rollout, advantages, self.tokenizer.eos_token_id),
+            **step_metrics(rollout, advantages, self.eos_token_ids),
             **(part_metrics(rollout, self.reward.names) if self.reward.is_sum else {}),
             "step": step + 1,
             "episodes": (step + 1) * len(rollout),

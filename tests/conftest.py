@@ -12,10 +12,13 @@ os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when it 
 import pytest
 import torch
 from terminals import Terminal
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
 )
 
 from pipeline.data.sources import Reviews
@@ -74,6 +77,30 @@ def tokenizer(reviews):
     tokenizer = new_tokenizer("gpt2", reviews.texts, 300)
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer(tokenizer):
+    """The same with BOS, which it puts before every text as Llama's and Gemma's do, and a second end."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["<bos>", "<end_of_turn>"])
+    backend.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", backend.token_to_id("<bos>"))]
+    )
+    end = tokenizer.eos_token
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token=end, pad_token=end)
+
+
+@pytest.fixture(scope="session")
+def bos_lm(tmp_path_factory, bos_tokenizer):
+    """The folder of a saved tiny Llama with that tokenizer, whose generation settings state both ends."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-bos-llama"
+    model = random_causal_lm("llama", bos_tokenizer)
+    model.config.bos_token_id = bos_tokenizer.bos_token_id
+    model.generation_config.eos_token_id = [bos_tokenizer.convert_tokens_to_ids("<end_of_turn>"), 0]
+    model.save_pretrained(folder)
+    bos_tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -141,7 +141,6 @@ def test_a_value_on_the_border_is_accepted(name, value):
         ("use_peft: maybe", "use_peft"),
         ("use_peft: 3", "use_peft"),
         ("dataset: 3", "dataset"),
-        ("lora_target_modules: c_attn", "lora_target_modules"),
         ("lora_target_modules: [1]", "lora_target_modules"),
         ("reward_clip: hard", "reward_clip"),
         ("reward_scale: odds", "reward_scale"),

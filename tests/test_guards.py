@@ -27,7 +27,8 @@ BAD = {
     "ratios": ({"ppo/approx_kl": 0.6, "ppo/ratio_max": 80.0}, "the ratios explode.*0.6 nats.*largest ratio is 80"),
     "kl": ({"kl/sequence_k1": 50.0}, "KL from the reference is 50 nats"),
     "entropy": ({"ppo/entropy": 0.7}, "entropy has collapsed from 4 to 0.7"),
-    "nan": ({"kl/sequence_k1": math.nan}, "KL from the reference is nan"),
+    "nan": ({"kl/sequence_k1": math.nan}, "the reference's logits are NaN or infinite"),
+    "nan policy": ({"kl/sequence_k1": math.nan, "ppo/entropy": math.nan}, "the policy's logits are NaN or infinite"),
 }
 
 
@@ -76,10 +77,16 @@ def test_skipped_optimiser_steps_are_told_and_three_in_a_row_end_the_run():
         watch.check(PPOSettings(), WELL, [False, False, True])
 
 
+def test_skipped_optimiser_steps_of_a_policy_that_is_nan_name_it():
+    spoilt = WELL | BAD["nan policy"][0]
+    with pytest.raises(GuardError, match=r"3 optimiser steps in a row.*since the policy's logits are NaN or infinite"):
+        guards().check(PPOSettings(), spoilt, [False, False, False])
+
+
 def test_guards_that_are_off_say_nothing():
     off = PPOSettings(guard_kl=None, guard_update_kl=None, guard_entropy=None)
     watch = guards()
-    for change, _ in BAD.values():
+    for change in (BAD[name][0] for name in ("ratios", "kl", "entropy")):
         assert watch.check(off, WELL | change, [True]) == []
 
 

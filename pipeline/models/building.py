@@ -3,17 +3,16 @@
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
+from pipeline.models.adapters import add_saved, continue_lora, load_lora
 from pipeline.models.kernels import use_fast_kernels
 from pipeline.models.loading import (
     REFERENCE_ADAPTER,
     LoraSettings,
     ModelError,
     add_lora,
-    continue_lora,
     load_causal_lm,
-    opening,
+    trying,
 )
 from pipeline.models.policy import Policy, Reference
 from pipeline.models.saving import VALUE_HEAD_FILE, load_value_head
@@ -31,15 +30,15 @@ def build_policy_and_reference(
         ModelError: see `load_causal_lm`, `add_lora` and `continue_lora`.
     """
     model = use_fast_kernels(load_causal_lm(path), device)
-    if adapter_path is not None:
-        model = continue_lora(model, adapter_path)
-        reference = Reference(model)
-    elif lora is not None:
-        model = add_lora(model, lora)
-        reference = Reference(model)
-    else:
-        reference = Reference(use_fast_kernels(load_causal_lm(path), device).requires_grad_(False).to(device))
-    return Policy(model).eval().to(device), reference
+    with trying(model, path):
+        if adapter_path is not None:
+            model = continue_lora(model, adapter_path)
+        elif lora is not None:
+            model = add_lora(model, lora)
+        policy = Policy(model).eval().to(device)
+        if adapter_path is None and lora is None:
+            model = use_fast_kernels(load_causal_lm(path), device).requires_grad_(False).to(device)
+        return policy, Reference(model)
 
 
 def load_tuned(
@@ -57,17 +56,14 @@ def load_tuned(
         )
     original = use_fast_kernels(load_causal_lm(path), device)
     if use_peft:
-        with opening(str(directory), "the adapter"):
-            model = PeftModel.from_pretrained(original, directory).eval()
+        model = load_lora(original, str(directory), "the adapter of the run").eval()
         if adapter_path is not None:
-            with opening(adapter_path, "adapter_path"):
-                model.load_adapter(adapter_path, REFERENCE_ADAPTER)
-        reference = Reference(model)
+            add_saved(model, adapter_path, "adapter_path", REFERENCE_ADAPTER)
     else:
-        model, reference = (
-            use_fast_kernels(load_causal_lm(str(directory)), device),
-            Reference(original.requires_grad_(False).to(device)),
-        )
-    policy = Policy(model).eval()
+        model = use_fast_kernels(load_causal_lm(str(directory)), device)
+        original = original.requires_grad_(False).to(device)
+    with trying(model, path):
+        policy = Policy(model, f"the policy of {directory}").eval()
+        reference = Reference(model if use_peft else original)
     load_value_head(policy, directory)
     return policy.to(device), reference

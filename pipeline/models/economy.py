@@ -8,6 +8,7 @@ from accelerate.utils import compile_regions
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from pipeline.models.forward import trunk_of
 from pipeline.models.loading import ModelError
 
 
@@ -41,9 +42,9 @@ def recomputing(lm: nn.Module) -> Iterator[None]:
 
 def compiled_trunk(lm: nn.Module) -> nn.Module:
     """The model's trunk with its blocks compiled for any number of rows and tokens; the weights are its own."""
-    trunk = copy.copy(lm.base_model)
+    trunk = copy.copy(trunk_of(lm))
     trunk.__dict__["_modules"] = {  # the copy's alone; compiling what is around the blocks brings nothing
         name: compile_regions(child, dynamic=True) if isinstance(child, nn.ModuleList) else child
-        for name, child in lm.base_model.named_children()
+        for name, child in trunk_of(lm).named_children()
     }
     return trunk

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pipeline.models.kernels import CPU_ATTENTION
+from pipeline.models.loading import ModelError
 from pipeline.models.packing import Layout, Packed
 
 
@@ -52,21 +53,31 @@ def captured_head_input(model: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+def trunk_of(lm: nn.Module) -> nn.Module:
+    """The causal LM without its head."""
+    return lm.model if lm.base_model is lm else lm.base_model  # Llama 4 names another part as its base
+
+
 @torch.no_grad()
-def layout_of(model: nn.Module) -> Layout:
-    """Find out how `model` may be read by trying: two short samples, alone and in one row."""
+def layout_of(model: nn.Module, who: str = "the model") -> Layout:
+    """Find out how `model` may be read by trying: two short samples, alone and in one row.
+
+    Raises:
+        ModelError: its logits are NaN or infinite, or it gives other ones in a batch; the message begins with `who`.
+    """
     lm = causal_lm(model)
-    device, vocabulary = next(lm.parameters()).device, lm.config.vocab_size
+    device, vocabulary = next(lm.parameters()).device, lm.config.get_text_config().vocab_size
     samples = [torch.arange(1, 4, device=device) % vocabulary, torch.arange(4, 9, device=device) % vocabulary]
     alone = torch.cat([lm(input_ids=sample.unsqueeze(0), use_cache=False).logits[0] for sample in samples])
+    _require_numbers(lm, alone, who)
     tolerance = 1e-4 if alone.dtype == torch.float32 else 2e-2
 
     def agrees(logits: Tensor) -> bool:
         return logits.shape == alone.shape and bool((logits - alone).abs().max() <= tolerance * alone.abs().max())
 
     head = output_head(model)
-    states = [_states(lm.base_model, input_ids=sample.unsqueeze(0)) for sample in samples]
-    plain_head = agrees(torch.cat([head(state)[0] for state in states]))
+    states = [_states(trunk_of(lm), input_ids=sample.unsqueeze(0)) for sample in samples]
+    plain_head = head.in_features == states[0].shape[-1] and agrees(torch.cat([head(state)[0] for state in states]))
     end_to_end = False
     if accepts(model, "position_ids"):
         positions = torch.cat([torch.arange(len(sample), device=device) for sample in samples]).unsqueeze(0)
@@ -75,11 +86,26 @@ def layout_of(model: nn.Module) -> Layout:
     return Layout(end_to_end, longest_by_mask(model), plain_head)
 
 
+def _require_numbers(lm: nn.Module, logits: Tensor, who: str) -> None:
+    """Weights are looked at too: fused attention may make numbers of weights that are NaN."""
+    weights = lm.named_parameters()
+    spoilt = next((name for name, w in weights if not w.sum().isfinite() and not w.isfinite().all()), None)
+    if spoilt is None and (logits < torch.inf).all():  # NaN is not; -inf is what some say of tokens they never write
+        return
+    where = "its logits are, though its weights are finite" if spoilt is None else f"its weights in {spoilt} are"
+    raise ModelError(
+        f"{who} cannot be used, its logits are NaN or infinite: {where}. Its files are damaged, or the training that "
+        f"wrote them had failed: {lm.name_or_path or type(lm).__name__}"
+    )
+
+
 def longest_by_mask(model: nn.Module) -> int:
     """Up to what length a mask of our own, true where a position may be looked at, is all the model needs."""
     config = causal_lm(model).config
     if config._attn_implementation not in ("sdpa", CPU_ATTENTION):
         return 0  # the others want masks of other kinds
+    if config.model_type == "bloom" or getattr(config, "alibi", False):
+        return 0  # positions are read out of the mask, which must be one of tokens
     return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 2**31
 
 
@@ -98,7 +124,7 @@ def _inputs(model: nn.Module, packed: Packed) -> dict[str, Tensor]:
 
 def response_states(model: nn.Module, packed: Packed, trunk: nn.Module | None = None) -> Tensor:
     """The trunk's hidden states (T, H) at the positions before each response token; `trunk` may be a compiled one."""
-    trunk = causal_lm(model).base_model if trunk is None else trunk
+    trunk = trunk_of(causal_lm(model)) if trunk is None else trunk
     return _states(trunk, **_inputs(model, packed)).flatten(0, 1)[packed.read]
 
 

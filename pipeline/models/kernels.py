@@ -44,7 +44,8 @@ def cpu_attention(
     """Attention by two matrix products, where a CPU's fused kernel is slower: in bfloat16, and for a single query."""
     keys = key.shape[2]
     slower = query.dtype == torch.float32 and query.shape[2] > 1
-    plain = not dropout and kwargs.get("position_bias") is None and (attention_mask is not None or query.shape[2] == 1)
+    maskable = query.shape[2] == 1 if attention_mask is None else attention_mask.dtype == torch.bool
+    plain = not dropout and kwargs.get("position_bias") is None and maskable
     if slower or not plain or keys > LONGEST_BY_PRODUCTS:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -83,7 +84,10 @@ def many_forwards(model: nn.Module, *, few_rows: bool = True, keep: bool = False
         if (on_cpu or device == "cuda") and (few_rows if lowered is not None else on_cpu):
             product = _cpu_product if on_cpu else _cuda_product
             for module in model.modules():
-                if not isinstance(module, nn.Linear | Conv1D) or module.weight.dtype != torch.float32:
+                # Routers of some mixtures of experts are linear layers that do more.
+                if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+                    continue
+                if module.weight.dtype != torch.float32:
                     continue
                 if module.weight.numel():  # a sharded model's weights are elsewhere
                     module.forward = product(module, lowered, keep)

@@ -1,13 +1,14 @@
 """Opening models and tokenizers with errors that name the value and the remedy."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,8 +19,10 @@ from transformers import (
 )
 
 from pipeline.errors import UserError
+from pipeline.models.families import refusal
 from pipeline.runtime.caches import cache_fault
 
+ALL_LINEAR = "all-linear"
 REFERENCE_ADAPTER = "reference"  # name of the frozen copy of the adapter a run starts from
 
 
@@ -39,7 +42,7 @@ def opening(path: str, setting: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         folder = Path(path)
         fault = cache_fault(error, Path(HF_HUB_CACHE), "HF_HUB_CACHE")
         if fault is not None:
@@ -56,6 +59,24 @@ def opening(path: str, setting: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def trying(model: nn.Module, path: str) -> Iterator[None]:
+    """Turn what a model raises where it is first used into one message with its family's name.
+
+    Raises:
+        ModelError: it is of a family that is used in another way than causal LMs are.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the code of any family may raise anything
+        raise ModelError(
+            f"model_path={path!r}: {model.config.model_type} cannot be trained here: trying it raised "
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} docs/models.md has the families that can."
+        ) from error
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """LoRA adapters on the policy; dropout is 0, as everywhere in PPO."""
@@ -64,6 +85,11 @@ class LoraSettings:
     alpha: int
     target_modules: list[str] | None  # None: PEFT's choice for the architecture
     seed: int  # of the adapters' initial weights
+
+    @property
+    def modules(self) -> list[str] | str | None:
+        """As PEFT wants them: what stands for all linear layers is a word of its own there."""
+        return ALL_LINEAR if self.target_modules == [ALL_LINEAR] else self.target_modules
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -81,29 +107,34 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What a text begins with where nothing stands before it: BOS, or EOS as in GPT-2's training texts."""
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
-
 def load_config(path: str) -> PreTrainedConfig:
-    """The model's configuration, without its weights; raises `ModelError`."""
+    """The model's configuration, without its weights.
+
+    Raises:
+        ModelError: it cannot be opened, or is of a family that cannot be trained here.
+    """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(
             f"model_path={path!r} is a LoRA adapter; set adapter_path to it, use_peft to true, model_path to its base."
         )
     with opening(path, "model_path"):
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
+    why = refusal(config)
+    if why is not None:
+        raise ModelError(f"model_path={path!r}: {config.model_type} cannot be trained here: it {why}. docs/models.md")
+    return config
 
 
-def check_context(config: PreTrainedConfig, prompt_tokens: int, response_tokens: int) -> None:
-    """Raise `ModelError` where prompt and response do not fit the model's context."""
+def check_context(config: PreTrainedConfig, prompt_tokens: int, response_tokens: int, prefix_tokens: int = 0) -> None:
+    """Raise `ModelError` where prompt, the tokens before every text and response do not fit the model's context."""
     context = getattr(config, "max_position_embeddings", None)
-    if context is not None and prompt_tokens + response_tokens > context:
+    total = prefix_tokens + prompt_tokens + response_tokens
+    if context is not None and total > context:
+        before = f" and the {prefix_tokens} that the tokenizer puts before every text" if prefix_tokens else ""
         raise ModelError(
-            f"prompt_max_tokens={prompt_tokens} and response_max_tokens={response_tokens} make "
-            f"{prompt_tokens + response_tokens} tokens, more than the model's context of {context}; lower one of them."
+            f"prompt_max_tokens={prompt_tokens} and response_max_tokens={response_tokens}{before} make {total} tokens, "
+            f"more than the model's context of {context}; lower one of them."
         )
 
 
@@ -111,26 +142,29 @@ def load_causal_lm(path: str) -> nn.Module:
     """A causal LM with float32 master weights, in evaluation mode: PPO wants no dropout anywhere.
 
     Raises:
-        ModelError: it cannot be opened or is not a causal LM.
+        ModelError: it cannot be opened, is not a causal LM or of a family that is refused, or lacks weights.
     """
+    load_config(path)
     with opening(path, "model_path"):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    require_whole(found, f"model_path={path!r} is no whole causal LM")
+    return model.eval()
 
 
-def continue_lora(model: nn.Module, path: str) -> nn.Module:
-    """Wrap `model` with the adapter at `path` twice: "default" goes on training, "reference" stays as it is.
+def require_whole(found: Mapping[str, Sequence[str]], named: str) -> None:
+    """Raise `ModelError` where weights were not in the files, so that transformers made random ones."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{named}: its files lack {listed(missing)}, and random weights would stand there. Give the folder of a "
+            f"model that was trained as what it is used for here."
+        )
 
-    Raises:
-        ModelError: there is no adapter, or it does not fit the model.
-    """
-    with opening(path, "adapter_path"):
-        try:
-            wrapped = PeftModel.from_pretrained(model, path, is_trainable=True)
-            wrapped.load_adapter(path, REFERENCE_ADAPTER)
-        except RuntimeError as error:
-            raise ModelError(f"adapter_path={path!r} does not fit the model: {str(error).splitlines()[0]}") from error
-    wrapped.set_adapter("default")
-    return wrapped.eval()
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
@@ -146,7 +180,7 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
-        target_modules=settings.target_modules,
+        target_modules=settings.modules,
         fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D keeps weights transposed
     )
     try:

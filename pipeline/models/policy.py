@@ -31,12 +31,13 @@ class Policy(nn.Module):
     The value head is in float32 and starts at zero, so that the first advantages are the rewards' own.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, who: str = "the policy"):
+        """Raises `ModelError`, which begins with `who`, as `layout_of` does."""
         super().__init__()
         self.model = model
         self.config = model.config  # DeepSpeed's automatic settings read it from the engine's module
         self._no_split_modules = causal_lm(model)._no_split_modules  # FSDP shards block by block
-        self.layout = layout_of(model)
+        self.layout = layout_of(model, who)
         hidden_size = output_head(model).in_features
         self.value_head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
@@ -117,9 +118,10 @@ class Reference:
             model: a frozen causal LM; or the policy's PEFT model, which is the reference too and nothing is copied.
         """
         self._model = model
-        self.layout = layout_of(model)
         self.is_shared = hasattr(model, "disable_adapter")
         self._engine: nn.Module | None = None
+        with self.activated():
+            self.layout = layout_of(model, "the reference")
 
     def shard(self, accelerator: Accelerator) -> None:
         """Share the weights out over the workers; raises `EngineError` without ZeRO-3."""

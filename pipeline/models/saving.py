@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from pipeline.config import RolloutSettings
 from pipeline.models.forward import causal_lm
 from pipeline.models.policy import Policy
+from pipeline.models.vocabulary import as_list, eos_token_ids
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -55,7 +56,7 @@ def save_causal_lm(
         min_new_tokens=rollout.eos_min_tokens or None,
         max_new_tokens=rollout.response_max_tokens,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=saved_eos(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     # Saving the model saves its own settings too, and refuses where a checkpoint came with contradictory ones.
@@ -64,6 +65,15 @@ def save_causal_lm(
     model.save_pretrained(directory, **only_trained)
     generation.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def saved_eos(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
+    """What ends a response, for the generation settings: as they had it, and what ends one besides, where it does."""
+    before = getattr(getattr(causal_lm(model), "generation_config", None), "eos_token_id", None)
+    ending = eos_token_ids(model, tokenizer)
+    if set(ending) <= set(as_list(before)):
+        return before
+    return ending[0] if len(ending) == 1 else list(ending)
 
 
 def load_value_head(policy: Policy, directory: Path) -> None:

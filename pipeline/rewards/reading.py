@@ -1,6 +1,6 @@
 """Rewards of what the reference says of a response: it has read every one already, for the KL."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +60,7 @@ def read(
     ref_logprobs: Tensor | None = None,
     *,
     unprompted: bool,
-    first_token_id: int,
+    start_ids: Sequence[int],
     temperature: float,
     microbatch_size: int,
 ) -> Reading:
@@ -68,15 +68,15 @@ def read(
 
     Args:
         ref_logprobs: (n, R), where they are known already.
-        first_token_id: what a text begins with where nothing stands before the response.
+        start_ids: what a text begins with where nothing stands before the response.
     """
     options = {"temperature": temperature, "microbatch_size": microbatch_size}
     if ref_logprobs is None:
         ref_logprobs = reference_logprobs(reference, responses, **options)
     alone = None
     if unprompted:
-        first = torch.full_like(responses.prompt_tokens[:, :1], first_token_id)
-        bare = Responses(first, torch.ones_like(responses.prompt_mask[:, :1]), responses.response_tokens,
+        first = torch.stack([torch.full_like(responses.prompt_tokens[:, 0], id) for id in start_ids], 1)
+        bare = Responses(first, torch.ones_like(first, dtype=torch.bool), responses.response_tokens,
                          responses.response_mask)  # fmt: skip
         alone = reference_logprobs(reference, bare, **options)
     return Reading(responses.response_mask, ref_logprobs, alone)

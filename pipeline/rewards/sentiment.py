@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from pipeline.models.kernels import many_forwards, use_fast_kernels
-from pipeline.models.loading import ModelError, opening
+from pipeline.models.loading import ModelError, opening, require_whole
+from pipeline.models.vocabulary import check_vocabulary
 
 Scale = Literal["logit", "probability", "log_odds"]
 
@@ -49,9 +50,14 @@ class SentimentReward:
             if scale != "logit" and has_logits_alone(model_path, setting):
                 raise ModelError(f"reward_scale={scale!r}: {model_path!r} has one output; its only scale is logit.")
             self.tokenizer = AutoTokenizer.from_pretrained(model_path, truncation_side="left")
-            self.model = AutoModelForSequenceClassification.from_pretrained(model_path, dtype=torch.float32)
+            check_vocabulary(self.tokenizer, AutoConfig.from_pretrained(model_path), f"{setting}={model_path!r}")
+            self.model, found = AutoModelForSequenceClassification.from_pretrained(
+                model_path, dtype=torch.float32, output_loading_info=True
+            )
+        require_whole(found, f"{setting}={model_path!r} is no trained classifier")
         use_fast_kernels(self.model, device).requires_grad_(False).eval().to(device)
         self.max_length = min(self.tokenizer.model_max_length, _positions(self.model))
+        self._check_batches(f"{setting}={model_path!r}")
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
         """Scores (n,) of prompt + response on the chosen scale."""
@@ -82,9 +88,39 @@ class SentimentReward:
         with many_forwards(self.model):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
-                logits[batch] = self.model(**inputs.to(self.model.device)).logits.float().cpu()
+                logits[batch] = self._batch_logits([ids[i] for i in batch])
         return logits
+
+    def _batch_logits(self, ids: list[list[int]]) -> Tensor:
+        """(n, labels) of one batch, padded on the right, where neither positions nor a causal model are moved by it."""
+        stated = self.model.config.pad_token_id
+        # Decoders judge at the last token that is not their configuration's padding: that is what batches are padded
+        # with, whatever the tokenizer's is. One that states none judges at the last token, which must not be padding.
+        pad, has_one = stated, stated is not None and 0 <= stated < self.model.config.get_text_config().vocab_size
+        if not has_one:
+            last = {row[-1] for row in ids if row}
+            pad = self.model.config.pad_token_id = next(i for i in range(len(last) + 1) if i not in last)
+        try:
+            width = max(1, *map(len, ids))
+            inputs = torch.tensor([row + [pad] * (width - len(row)) for row in ids])
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
+            device = self.model.device
+            return self.model(input_ids=inputs.to(device), attention_mask=mask.to(device)).logits.float().cpu()
+        finally:
+            self.model.config.pad_token_id = stated
+
+    @torch.no_grad()
+    def _check_batches(self, named: str) -> None:
+        """Raise `ModelError` where logits are NaN, or a short text has other ones beside a longer one."""
+        short, long = self.tokenizer(
+            ["a", "a film that is good"], truncation=True, max_length=self.max_length
+        ).input_ids
+        alone, together = self._batch_logits([short]), self._batch_logits([short, long])
+        if not (together.abs() < torch.inf).all():
+            raise ModelError(f"{named} cannot be used: its logits are NaN or infinite, so its files are damaged.")
+        if (alone[0] - together[0]).abs().max() > 1e-3 * max(1.0, alone.abs().max().item()):
+            kind = self.model.config.model_type
+            raise ModelError(f"{named}: {kind} classifiers score a text otherwise in a batch with longer ones.")
 
 
 def _positions(model: torch.nn.Module) -> int:

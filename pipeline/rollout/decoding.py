@@ -4,7 +4,7 @@ On CUDA the step that makes one token is a graph, captured once for each shape (
 models that want another cache or mask, the same step runs as a plain loop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from transformers.cache_utils import StaticLayer
 from pipeline.models.forward import accepts, captured_head_input, causal_lm, longest_by_mask, position_ids
 from pipeline.models.head import logits_logprobs
 from pipeline.rollout.graphs import DecodeGraphs
-from pipeline.rollout.sampling import SamplingOptions, next_tokens
+from pipeline.rollout.sampling import SamplingOptions, goes_on, next_tokens
 
 TOKENS_BETWEEN_CHECKS = 8  # whether all samples have ended: a CUDA device would wait for the question each time
 
@@ -40,7 +40,7 @@ def decode(
     uniforms: Tensor,
     lengths: Tensor,
     *,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     pad_token_id: int,
     options: SamplingOptions,
     value_head: nn.Module | None = None,
@@ -53,6 +53,7 @@ def decode(
         prompts, prompt_mask: (B, P), left-padded.
         uniforms: (B, R) in [0, 1), one a token.
         lengths: (B,) largest number of response tokens of each sample, at most R.
+        eos_token_id: what ends a response: one token, or several of which any does.
         options: how to draw. With `greedy` the result equals `generate(do_sample=False)`.
         value_head: keep log-probs, values and entropy of the tokens, as this forward gives them.
         graphs: where CUDA graphs of earlier calls are.
@@ -78,7 +79,7 @@ def decode_stepwise(
     uniforms: Tensor,
     lengths: Tensor,
     *,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     pad_token_id: int,
     options: SamplingOptions,
 ) -> Iterator[Decoded]:
@@ -103,19 +104,18 @@ class _Steps:
         model: nn.Module,
         prompts: Tensor,
         uniforms: Tensor,
-        eos_token_id: int,
+        eos_token_id: int | Sequence[int],
         pad_token_id: int,
         options: SamplingOptions,
         value_head: nn.Module | None,
     ):
         (batch, self.prompt_length), length = prompts.shape, uniforms.shape[1]
         self.model, self.value_head, self.options = model, value_head, options
-        self.eos, self.pad = eos_token_id, pad_token_id
+        self.eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+        self.pad = pad_token_id
         total = self.prompt_length + length
         lm, device = causal_lm(model), prompts.device
-        self.cache = _new_cache(lm, total)
-        still = isinstance(self.cache, StaticCache) and all(type(x) is StaticLayer for x in self.cache.layers)
-        self.fixed = still and total <= longest_by_mask(model)
+        self.cache, self.fixed = _new_cache(lm, total, by_mask=total <= longest_by_mask(model))
         self.takes_positions = accepts(model, "position_ids")
         self.keeps_one = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
         self.tokens = prompts.new_full((batch, length), pad_token_id)
@@ -185,7 +185,7 @@ class _Steps:
         self.tokens.index_copy_(1, self.at, drawn.unsqueeze(1))
         self.mask.index_copy_(1, self.at, self.running.unsqueeze(1))
         self.at += 1
-        self.running &= (drawn != self.eos) & (self.at < self.lengths)
+        self.running &= goes_on(drawn, self.eos) & (self.at < self.lengths)
         self.current.copy_(drawn.unsqueeze(1))
 
     def buffers(self) -> list[Tensor]:
@@ -211,8 +211,10 @@ class _FixedCache(StaticCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-def _new_cache(lm: nn.Module, length: int) -> StaticCache | DynamicCache:
-    """A static cache where the architecture allows one, else a growing one."""
-    if getattr(lm, "_can_compile_fullgraph", False):
-        return _FixedCache(config=lm.config, max_cache_len=length)
-    return DynamicCache(config=lm.config)
+def _new_cache(lm: nn.Module, length: int, *, by_mask: bool) -> tuple[StaticCache | DynamicCache, bool]:
+    """A cache of fixed shape where the architecture allows one and a mask of our own; else a growing one, and False."""
+    if by_mask and getattr(lm, "_can_compile_fullgraph", False):
+        cache = _FixedCache(config=lm.config, max_cache_len=length)
+        if all(type(layer) is StaticLayer for layer in cache.layers):
+            return cache, True
+    return DynamicCache(config=lm.config), False

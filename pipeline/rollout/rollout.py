@@ -84,7 +84,7 @@ def sample_responses(
     lengths: Tensor,
     *,
     microbatch_size: int,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     pad_token_id: int,
     options: SamplingOptions,
     value_head: torch.nn.Module | None = None,

@@ -1,5 +1,6 @@
 """From logits and uniform numbers to tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +47,12 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
         sums = torch.cat([sums, probabilities[:, whole:].sum(-1, keepdim=True)], 1)
     before = sums.cumsum(-1)
     target = _below(uniforms.unsqueeze(1) * before[:, -1:], before[:, -1:])
-    block = torch.searchsorted(before, target, right=True)
+    block = torch.searchsorted(before, target, right=True).clamp_max(before.shape[1] - 1)  # NaN is beyond all blocks
     target = target - (before.gather(1, block) - sums.gather(1, block))
     tokens = block * BLOCK + torch.arange(BLOCK, device=block.device)
     inside = probabilities.gather(1, tokens.clamp_max(vocabulary - 1)).masked_fill(tokens >= vocabulary, 0.0).cumsum(-1)
     within = torch.searchsorted(inside, _below(target, inside[:, -1:]), right=True)
-    return (block * BLOCK + within).squeeze(1)
+    return (block * BLOCK + within).clamp_max(vocabulary - 1).squeeze(1)
 
 
 def _below(target: Tensor, total: Tensor) -> Tensor:
@@ -71,14 +72,31 @@ def restrict(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def next_tokens(logits: Tensor, uniforms: Tensor, step: Tensor, eos_token_id: int, options: SamplingOptions) -> Tensor:
-    """Tokens (B,) for response position `step` (1,), from logits (B, V) and uniforms (B,)."""
+def goes_on(tokens: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
+    """Which tokens end no response, in the shape of `tokens`.
+
+    The ids are compared one by one: a tensor of them would be copied from the host, which a captured step cannot do.
+    """
+    found = tokens != eos_token_ids[0]
+    for other in eos_token_ids[1:]:
+        found = found & (tokens != other)
+    return found
+
+
+def next_tokens(
+    logits: Tensor, uniforms: Tensor, step: Tensor, eos_token_ids: Sequence[int], options: SamplingOptions
+) -> Tensor:
+    """Tokens (B,) for response position `step` (1,), from logits (B, V) and uniforms (B,).
+
+    From logits that are NaN some token of the vocabulary is drawn: who reads the log-probs finds out.
+    """
     logits = logits.float()
     if options.temperature != 1.0:
         logits = logits / options.temperature
     if options.min_tokens:
         held = logits.clone()
-        held[:, eos_token_id] = -torch.inf
+        for eos_token_id in eos_token_ids:
+            held[:, eos_token_id] = -torch.inf
         logits = torch.where(step < options.min_tokens, held, logits)
     if options.greedy:
         return logits.argmax(-1)

@@ -1,21 +1,27 @@
 """Models and tokenizers from scratch, and errors that name the setting and the remedy."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import random_causal_lm
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, MambaConfig
 
+from pipeline.models.adapters import continue_lora
+from pipeline.models.building import build_policy_and_reference
 from pipeline.models.loading import (
     LoraSettings,
     ModelError,
     add_lora,
     check_context,
-    continue_lora,
     load_causal_lm,
     load_config,
     load_tokenizer,
 )
+from pipeline.models.policy import Policy, Reference
 from pipeline.models.scratch import new_config, new_tokenizer
 
 
@@ -159,3 +165,69 @@ def test_an_adapter_that_is_not_there_or_does_not_fit_is_named(tiny_lm, tmp_path
     other.save_pretrained(tmp_path / "llama")
     with pytest.raises(ModelError, match=r"adapter_path=.*llama"):
         continue_lora(load_causal_lm(tiny_lm), str(tmp_path / "llama"))
+
+
+def spoil(folder, source, name: str, value: float = float("nan")) -> str:
+    """A copy of the model at `source` with one number of the weight `name` changed."""
+    model = load_causal_lm(source)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = value
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_whose_logits_are_nan_is_named_with_the_weights_that_are(tmp_path, tiny_lm, value):
+    path = spoil(tmp_path, tiny_lm, "transformer.h.1.attn.c_attn.weight", value)
+    for lora in (None, LoraSettings(4, 8, None, seed=0)):
+        with pytest.raises(ModelError, match=r"the policy cannot be used, its logits are NaN") as caught:
+            build_policy_and_reference(path, lora=lora, device="cpu")
+        assert "weights in transformer.h.1.attn.c_attn" in str(caught.value) and path in str(caught.value)
+
+
+def test_of_a_policy_and_its_base_the_one_that_is_nan_is_named(tiny_lm):
+    model = add_lora(load_causal_lm(tiny_lm), LoraSettings(4, 8, None, seed=0))
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"the policy cannot be used, its logits are NaN .*lora_B"):
+        Policy(model)
+    base = load_causal_lm(tiny_lm)
+    with torch.no_grad():
+        base.transformer.wpe.weight[:] = 3e38  # finite, and their sums are not
+    with pytest.raises(
+        ModelError, match=r"the reference cannot be used, .* its logits are, though its weights are fini"
+    ):
+        Reference(base)
+
+
+def test_a_model_without_its_head_is_refused_where_random_weights_would_stand(tmp_path, untied_lm):
+    weights = load_file(Path(untied_lm) / "model.safetensors")
+    shutil.copytree(untied_lm, tmp_path, dirs_exist_ok=True)
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"is no whole causal LM: its files lack lm_head.weight"):
+        load_causal_lm(str(tmp_path))
+
+
+def test_a_damaged_weights_file_is_refused_by_setting(tmp_path, tiny_lm):
+    shutil.copytree(tiny_lm, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 5)
+    with pytest.raises(ModelError, match=r"model_path=.* cannot be opened: "):
+        load_causal_lm(str(tmp_path))
+
+
+def test_a_family_that_cannot_be_trained_is_refused_before_its_weights(tmp_path):
+    MambaConfig().save_pretrained(tmp_path)  # and no weights at all
+    for load in (load_config, load_causal_lm):
+        with pytest.raises(
+            ModelError, match=rf"model_path='{tmp_path}': mamba cannot be trained here: it has no cache"
+        ):
+            load(str(tmp_path))
+
+
+def test_the_tokens_before_every_text_count_in_the_context(tiny_lm):
+    config = load_config(tiny_lm)
+    check_context(config, 23, 40, 1)
+    with pytest.raises(ModelError, match=r"response_max_tokens=40 and the 1 that the tokenizer puts .*make 65"):
+        check_context(config, 24, 40, 1)

@@ -63,7 +63,7 @@ def test_responses_are_read_with_and_without_their_prompts(tiny_lm, tokenizer):
         tokens[:, 4:], torch.arange(5) < torch.tensor([[5], [1], [3]]),
     )  # fmt: skip
     bos = tokenizer.eos_token_id
-    reading = read(reference, responses, unprompted=True, first_token_id=bos, temperature=1.0, microbatch_size=2)
+    reading = read(reference, responses, unprompted=True, start_ids=(bos,), temperature=1.0, microbatch_size=2)
     with reference.activated() as model, torch.no_grad():
         for i, length in enumerate((5, 1, 3)):
             response = responses.response_tokens[i, :length]
@@ -75,7 +75,7 @@ def test_responses_are_read_with_and_without_their_prompts(tiny_lm, tokenizer):
                 expected = logits.log_softmax(-1)[len(start) - 1 : -1].gather(1, response[:, None])[:, 0]
                 torch.testing.assert_close(found[i, :length], expected, atol=1e-5, rtol=1e-5)
                 assert (found[i, length:] == 0).all()
-    assert read(reference, responses, reading.logprobs, unprompted=False, first_token_id=bos, temperature=1.0,
+    assert read(reference, responses, reading.logprobs, unprompted=False, start_ids=(bos,), temperature=1.0,
                 microbatch_size=2).logprobs is reading.logprobs  # fmt: skip
 
 

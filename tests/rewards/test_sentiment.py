@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHAPES
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     RobertaConfig,
@@ -185,3 +187,75 @@ def test_a_classifier_whose_positions_begin_after_its_padding_index_is_not_overr
     RobertaForSequenceClassification(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(classifier, model_max_length=10**9).save_pretrained(tmp_path)
     assert SentimentReward(str(tmp_path))(["film " * 100], [" good"]).isfinite().all()
+
+
+def save_decoder(folder: Path, bos_tokenizer, *, pad: int | None, trained_head: bool = True) -> str:
+    """A tiny Llama that judges texts, with this padding id in its configuration; its tokenizer pads with 0, EOS."""
+    config = AutoConfig.for_model("llama")
+    config.update_from_string(SHAPES["llama"])
+    config.vocab_size, config.pad_token_id = len(bos_tokenizer), pad
+    config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
+    torch.manual_seed(0)
+    kind = AutoModelForSequenceClassification if trained_head else AutoModelForCausalLM
+    model = kind.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    model.save_pretrained(folder)
+    bos_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("pad", [None, 0, 5, 200, -1])
+@pytest.mark.parametrize("tokenizer_pads", ["right", "left", "not at all"])
+def test_a_decoder_judges_a_text_the_same_in_any_batch_whatever_pads(pad, tokenizer_pads, bos_tokenizer, tmp_path):
+    path = save_decoder(tmp_path, bos_tokenizer, pad=pad)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    if tokenizer_pads == "not at all":
+        del settings["pad_token"]
+    else:
+        settings["padding_side"] = tokenizer_pads
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    alone = torch.stack([direct_logits(path, text)[1] for text in TEXTS])
+    assert alone.std() > 0.05
+    for batch_size in (2, 128):
+        reward = SentimentReward(path, batch_size=batch_size)
+        for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1]):
+            scores = reward([PROMPTS[i] for i in order], [RESPONSES[i] for i in order])
+            torch.testing.assert_close(scores, alone[order], atol=1e-5, rtol=0)
+
+
+def test_texts_that_end_with_the_token_that_pads_are_judged_as_alone(bos_tokenizer, tmp_path):
+    path = save_decoder(tmp_path, bos_tokenizer, pad=bos_tokenizer(TEXTS[0]).input_ids[-1])
+    alone = torch.stack([direct_logits(path, text)[1] for text in TEXTS])
+    torch.testing.assert_close(SentimentReward(path)(PROMPTS, RESPONSES), alone, atol=1e-5, rtol=0)
+
+
+def test_a_language_model_in_a_classifiers_place_is_refused(bos_tokenizer, tmp_path):
+    path = save_decoder(tmp_path, bos_tokenizer, pad=0, trained_head=False)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings["id2label"]["1"] == "POSITIVE"  # its configuration says that it is one
+    with pytest.raises(ModelError, match=r"reward_model_path=.* is no trained classifier: its files lack score.weight"):
+        SentimentReward(path)
+
+
+def test_a_tokenizer_larger_than_the_classifiers_embedding_is_refused_with_both_sizes(classifier, tmp_path):
+    shutil.copytree(classifier, tmp_path, dirs_exist_ok=True)
+    larger = AutoTokenizer.from_pretrained(classifier)
+    size = len(larger)
+    larger.add_tokens(["unheard", "of"])
+    larger.save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=rf"reward_model_path=.*ids up to {size + 1}, so {size + 2} .*embedding {size}"
+    ):
+        SentimentReward(str(tmp_path))
+
+
+def test_a_classifier_whose_logits_are_nan_is_refused(classifier, tmp_path):
+    shutil.copytree(classifier, tmp_path, dirs_exist_ok=True)
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)
+    torch.nn.init.constant_(model.classifier.weight, float("nan"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"reward_model_path=.*its logits are NaN"):
+        SentimentReward(str(tmp_path))

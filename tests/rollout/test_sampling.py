@@ -99,7 +99,7 @@ def test_top_p_is_measured_on_what_top_k_left():
 
 def test_drawn_tokens_obey_top_k_and_follow_what_is_left():
     logits, grid = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(700, -1), (torch.arange(700) + 0.5) / 700
-    drawn = next_tokens(logits, grid, FIRST, 0, SamplingOptions(top_k=2))
+    drawn = next_tokens(logits, grid, FIRST, (0,), SamplingOptions(top_k=2))
     assert drawn.bincount(minlength=4).tolist() == [0, 400, 0, 300]
 
 
@@ -107,7 +107,7 @@ def test_eos_is_forbidden_before_min_tokens_and_allowed_from_then_on():
     logits, uniforms = torch.tensor([[0.0, 50.0, 1.0]]), torch.tensor([LARGEST])
     for greedy in (False, True):
         options = SamplingOptions(min_tokens=2, greedy=greedy)
-        assert [next_tokens(logits, uniforms, torch.tensor([step]), 1, options).item() for step in range(4)] == [
+        assert [next_tokens(logits, uniforms, torch.tensor([step]), (1,), options).item() for step in range(4)] == [
             2,
             2,
             1,
@@ -118,13 +118,16 @@ def test_eos_is_forbidden_before_min_tokens_and_allowed_from_then_on():
 
 def test_temperature_divides_the_logits():
     logits, grid = torch.tensor([0.1, 0.9]).log().expand(820, -1), (torch.arange(820) + 0.5) / 820
-    cold = next_tokens(logits, grid, FIRST, 0, SamplingOptions(temperature=0.5))  # squares: 0.01 to 0.81
+    cold = next_tokens(logits, grid, FIRST, (0,), SamplingOptions(temperature=0.5))  # squares: 0.01 to 0.81
     assert cold.bincount().tolist() == [10, 810]
 
 
 def test_greedy_takes_the_likeliest_whatever_the_noise():
     logits = torch.tensor([[1.0, 3, 2], [5, 3, 2]])
-    assert next_tokens(logits, torch.tensor([0.0, LARGEST]), FIRST, 0, SamplingOptions(greedy=True)).tolist() == [1, 0]
+    assert next_tokens(logits, torch.tensor([0.0, LARGEST]), FIRST, (0,), SamplingOptions(greedy=True)).tolist() == [
+        1,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.9}, {"min_tokens": 1}, {"greedy": True}])
