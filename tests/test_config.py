@@ -80,7 +80,8 @@ BAD_VALUES = [
     ("rollout_batch_size", 1),
     ("response_min_tokens", 0),
     ("response_min_tokens", 17),  # response_max_tokens is 16
-    ("eos_min_tokens", 5),  # response_min_tokens is 4
+    ("eos_min_tokens", 17),
+    ("response_max_tokens", 0),
     ("top_p", 0.0),
     ("top_p", 1.01),
     ("adam_beta1", 1.0),
@@ -115,7 +116,8 @@ def test_a_value_without_sense_is_refused_by_name(name, value):
         ("evaluation_prompts", 0),
         ("prompt_min_tokens", 8),
         ("response_min_tokens", 16),
-        ("eos_min_tokens", 4),
+        ("response_min_tokens", None),
+        ("eos_min_tokens", 16),
         ("reward_clip", None),
         ("kl_early_stop", None),
         ("learning_rate", 1),
