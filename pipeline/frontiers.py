@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.config import Config, ConfigError
+from pipeline.errors import writing
 from pipeline.models.loading import REFERENCE_ADAPTER
 from pipeline.models.policy import Reference
 from pipeline.ppo.optimum import kl_at
@@ -82,8 +83,7 @@ class Frontier:
         return times @ self.rewards, times @ self.kls
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, curves with five digits."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write it as JSON, curves with five digits; raises `WriteError`."""
         content = {
             "identity": self.identity,
             "samples": self.samples,
@@ -93,7 +93,9 @@ class Frontier:
             "kls": _digits(self.kls),
             "effective_samples": _digits(self.effective_samples),
         }
-        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def _needed(rewards: np.ndarray, curves: np.ndarray, kls: np.ndarray) -> np.ndarray:

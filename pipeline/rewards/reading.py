@@ -1,6 +1,6 @@
 """Rewards of what the reference says of a response: it has read every one already, for the KL."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,13 @@ class Reading:
     def mean(self, values: Tensor) -> Tensor:
         """Means (n,) of values (n, R) over each response's tokens."""
         return values.sum(1) / self.mask.sum(1)
+
+
+def joined(readings: Sequence[Reading]) -> Reading:
+    """One reading of several batches of equal width, in their order."""
+    alone = None if readings[0].unprompted is None else torch.cat([reading.unprompted for reading in readings])
+    masks, logprobs = ([getattr(reading, name) for reading in readings] for name in ("mask", "logprobs"))
+    return Reading(torch.cat(masks), torch.cat(logprobs), alone)
 
 
 ReadingReward = Callable[[Reading], Tensor]  # scores (n,)
