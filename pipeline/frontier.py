@@ -22,11 +22,12 @@ from pipeline.frontier_samples import estimate_frontier
 from pipeline.frontiers import DIRECTORIES, Frontier
 from pipeline.models.building import build_policy_and_reference
 from pipeline.runtime.console import Console
-from pipeline.runtime.distributed import all_or_none, make_accelerator
+from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
+from pipeline.runtime.signals import StopRequest
 
 
 def main() -> None:
-    with worker_faults(), user_errors():
+    with worker_faults(), user_errors(), StopRequest() as stop:
         config = parse_config(__doc__)
         if config.run.frontier == "none":
             raise ConfigError("frontier='none': name the file to write, or leave it out.")
@@ -48,9 +49,11 @@ def main() -> None:
             ),
         )
         choose_rollout_microbatch(config, accelerator, policy, config.run.frontier_prompts * accelerator.num_processes)
-        frontier = estimate_frontier(accelerator, reference, reward, data.tokenizer, data.held_out, config)
+        frontier = estimate_frontier(
+            accelerator, reference, reward, data.tokenizer, data.held_out, config, lambda: stop.check(accelerator)
+        )
+        on_main(accelerator, lambda: frontier.save(path))
         if accelerator.is_main_process:
-            frontier.save(path)
             console = Console(0, enabled=True)
             console.table("The best reward at each KL", frontier_table(frontier))
             console.say(f"Written to {path}")

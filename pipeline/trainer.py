@@ -27,6 +27,7 @@ from pipeline.rollout.rollout import (
     Scored,
     response_texts,
     sample_responses,
+    sample_text,
 )
 from pipeline.rollout.sampling import sampling_noise, sampling_options
 from pipeline.runtime.distributed import agreed_signal, all_or_none, gather_fields, peak_memory_gigabytes, share
@@ -115,7 +116,7 @@ class PPOTrainer:
                     with self.phases.timed("reference"):
                         reading = self.read(responses)
                     with self.phases.timed("score"):
-                        parts = self.score(scoring, reading)
+                        parts = self.score(scoring, reading, responses)
                     rollout = self.gather(step, responses, reading, parts, outputs)
                 advantages = self.advantages(rollout)
                 with self.phases.timed("update"):
@@ -184,9 +185,16 @@ class PPOTrainer:
 
         return alongside(self.accelerator.device, score)
 
-    def score(self, scoring: Callable[[], dict[str, Tensor]], reading: Reading) -> Tensor:
+    def score(self, scoring: Callable[[], dict[str, Tensor]], reading: Reading, responses: Responses) -> Tensor:
         """Raw scores (n, K) of this worker's responses by the reward's K components."""
-        return all_or_none(self.accelerator, lambda: self.reward.raw(scoring(), reading))
+
+        def raw() -> Tensor:
+            parts = self.reward.raw(scoring(), reading)
+            if self.moments is None and self.part_moments is None and self.config.reward.reward_clip is None:
+                self.reward.check_size(parts, lambda i: sample_text(responses, i, self.tokenizer))
+            return parts
+
+        return all_or_none(self.accelerator, raw)
 
     def read(self, responses: Responses) -> Reading:
         """What the reference says of this worker's responses."""
