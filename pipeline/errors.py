@@ -62,7 +62,7 @@ def writing(what: object) -> Iterator[None]:
 
 def disk_fault(error: BaseException) -> str | None:
     """Why a file could not be written, on one line; None where the error is another's."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
         return error.strerror or " ".join(str(error).split())
     if isinstance(error, SafetensorError):
         message = re.search(r'message: "([^"]*)"', str(error))

@@ -266,12 +266,9 @@ class PPOTrainer:
         """Move the KL coefficient towards its target where the recipe asks for it."""
         ppo = self.config.ppo
         if ppo.kl_adaptive:
+            samples = self.config.rollout.rollout_batch_size
             self.kl_coef = adapted_kl_coef(
-                self.kl_coef,
-                kl,
-                target=ppo.kl_target,
-                horizon=ppo.kl_horizon,
-                samples=self.config.rollout.rollout_batch_size,
+                self.kl_coef, kl, target=ppo.kl_target, horizon=ppo.kl_horizon, samples=samples
             )
 
     def metrics(self, step: int, rollout: Rollout, advantages: Advantages, stats: UpdateStats) -> dict[str, float]:
