@@ -190,7 +190,7 @@ class PPOTrainer:
 
         def raw() -> Tensor:
             parts = self.reward.raw(scoring(), reading)
-            if self.moments is None and self.part_moments is None and self.config.reward.reward_clip is None:
+            if self.moments is self.part_moments is self.config.reward.reward_clip is None:
                 self.reward.check_size(parts, lambda i: sample_text(responses, i, self.tokenizer))
             return parts
 
@@ -231,8 +231,7 @@ class PPOTrainer:
                     seed=self.config.run.seed,
                     temperature=self.config.rollout.temperature,
                 )
-        weighted = self.reward.weighted(scored.parts, self.part_moments)
-        return Rollout(**vars(scored), **vars(outputs), weighted=weighted)
+        return Rollout(**vars(scored), **vars(outputs), weighted=self.reward.weighted(scored.parts, self.part_moments))
 
     def advantages(self, rollout: Rollout) -> Advantages:
         """Rewards with the KL penalty, GAE, whitening over the global batch."""
@@ -264,12 +263,10 @@ class PPOTrainer:
 
     def adapt_kl_coef(self, kl: float) -> None:
         """Move the KL coefficient towards its target where the recipe asks for it."""
-        ppo = self.config.ppo
+        ppo, samples = self.config.ppo, self.config.rollout.rollout_batch_size
         if ppo.kl_adaptive:
-            samples = self.config.rollout.rollout_batch_size
-            self.kl_coef = adapted_kl_coef(
-                self.kl_coef, kl, target=ppo.kl_target, horizon=ppo.kl_horizon, samples=samples
-            )
+            target = ppo.kl_target
+            self.kl_coef = adapted_kl_coef(self.kl_coef, kl, target=target, horizon=ppo.kl_horizon, samples=samples)
 
     def metrics(self, step: int, rollout: Rollout, advantages: Advantages, stats: UpdateStats) -> dict[str, float]:
         """All figures of a step under their public names."""
