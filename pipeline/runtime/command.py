@@ -7,7 +7,7 @@ import typing
 from collections.abc import Sequence
 from typing import NoReturn
 
-from transformers import HfArgumentParser
+from trl import TrlParser
 
 from pipeline.errors import UserError
 from pipeline.runtime.recipes import read_recipe
@@ -24,7 +24,7 @@ def parse_recipe(
         UserError: an unknown key, an unreadable file, a value of the wrong type.
     """
     arguments, recipe = split_recipe(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(dataclass_types, description=description.split("\n")[0], allow_abbrev=False)
+    parser = TrlParser(dataclass_types, description=description.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE.yaml", help="Recipe whose keys are the options below.")
     parser.set_defaults(**defaults)
     parser.error = raise_error  # argparse would print all options before the one line that matters

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
-from transformers.hf_argparser import string_to_bool
 
 from pipeline.errors import UserError
 
@@ -109,7 +108,7 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, action: argparse.Action, hi
             raise ValueError("has no value; give it one, or leave the line out")
         return None
     if isinstance(node, yaml.ScalarNode):
-        value = _scalar(loader, node, action)
+        value = _scalar(loader, node, action, kinds)
         return [value] if action.nargs == "+" else value  # a list of one may be written as it is
     if isinstance(node, yaml.SequenceNode):
         if list not in kinds:
@@ -118,17 +117,16 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, action: argparse.Action, hi
             return loader.construct_object(node, deep=True)
         if any(not isinstance(item, yaml.ScalarNode) or item.tag == NULL for item in node.value):
             raise ValueError("must be a list of single values")
-        return [_scalar(loader, item, action) for item in node.value]
+        return [_scalar(loader, item, action, kinds) for item in node.value]
     if dict not in kinds:
         raise ValueError("is a group of settings; the setting takes one value")
     return loader.construct_object(node, deep=True)
 
 
-def _scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode, action: argparse.Action) -> object:
+def _scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode, action: argparse.Action, kinds: set[object]) -> object:
     """What the command line makes of the text; a truth value may also be YAML's on and off."""
-    if action.type is string_to_bool:
-        value = loader.construct_object(node)
-        return value if isinstance(value, bool) else string_to_bool(node.value)
+    if bool in kinds and isinstance(value := loader.construct_object(node), bool):
+        return value
     value = node.value if action.type is None else action.type(node.value)
     if action.choices is not None and value not in action.choices:
         raise ValueError(f"is not one of {', '.join(map(str, action.choices))}")
