@@ -63,3 +63,11 @@ def _describe(annotation: object) -> str:
 def require(condition: bool, name: str, value: object, rule: str) -> None:
     if not condition:
         raise ConfigError(f"{name}={value!r}: {rule}.")
+
+
+def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    """Raise `ConfigError` with the nearest sizes that would do unless `value` is a multiple of `divisor`."""
+    if value % divisor:
+        lower, upper = value // divisor * divisor, (value // divisor + 1) * divisor
+        would_do = f"{lower} or {upper}" if lower else str(upper)
+        raise ConfigError(f"{name}={value} is not a multiple of {divisor_name}={divisor}; {would_do} would do.")

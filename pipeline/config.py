@@ -10,7 +10,8 @@ from typing import Literal
 
 import yaml
 
-from pipeline.checked import Checked, ConfigError, require, setting
+from pipeline.checked import Checked, require, require_multiple, setting
+from pipeline.checked import ConfigError as ConfigError
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
 
@@ -75,8 +76,10 @@ class RolloutSettings(Checked):
     rollout_microbatch_size: int | None = setting(
         None, "Sequences per forward without gradient, per worker; null: as many as memory allows."
     )
-    response_min_tokens: int = setting(4, "Smallest per-sample length limit, in tokens; EOS may end it earlier.")
-    response_max_tokens: int = setting(16, "Largest per-sample length limit, in tokens.")
+    response_min_tokens: int | None = setting(
+        None, "Draw each sample's length limit, from this up to response_max_tokens; null: response_max_tokens for all."
+    )
+    response_max_tokens: int = setting(16, "Longest response, in tokens; EOS may end it earlier.")
     temperature: float = setting(1.0, "Divides the logits of policy and reference alike.")
     top_k: int = setting(0, "Sample among the k likeliest tokens; 0 is all. Falsifies the KL.")
     top_p: float = setting(1.0, "Sample among the likeliest tokens of this mass; 1 is all. Falsifies the KL.")
@@ -84,26 +87,24 @@ class RolloutSettings(Checked):
 
     def check(self):
         require(self.rollout_batch_size > 1, "rollout_batch_size", self.rollout_batch_size, "must be at least 2")
+        size = self.rollout_microbatch_size
+        require(size is None or size > 0, "rollout_microbatch_size", size, "must be positive, or null")
+        require(self.response_max_tokens > 0, "response_max_tokens", self.response_max_tokens, "must be positive")
+        limit = "response_max_tokens" if self.response_min_tokens is None else "response_min_tokens"
         require(
-            self.rollout_microbatch_size is None or self.rollout_microbatch_size > 0,
-            "rollout_microbatch_size",
-            self.rollout_microbatch_size,
-            "must be positive, or null",
-        )
-        require(
-            1 <= self.response_min_tokens <= self.response_max_tokens,
+            1 <= getattr(self, limit) <= self.response_max_tokens,
             "response_min_tokens",
             self.response_min_tokens,
-            f"must be between 1 and response_max_tokens={self.response_max_tokens}",
+            f"must be between 1 and response_max_tokens={self.response_max_tokens}, or null for no limits drawn",
         )
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")
         require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (all tokens) or positive")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
         require(
-            0 <= self.eos_min_tokens <= self.response_min_tokens,
+            0 <= self.eos_min_tokens <= getattr(self, limit),
             "eos_min_tokens",
             self.eos_min_tokens,
-            f"must be between 0 and response_min_tokens={self.response_min_tokens}",
+            f"must be between 0 and {limit}={getattr(self, limit)}",
         )
 
 
@@ -290,14 +291,6 @@ class Config:
             for section in dataclasses.fields(self):
                 file.write(f"# {section.name}\n")
                 yaml.safe_dump(dataclasses.asdict(getattr(self, section.name)), file, sort_keys=False)
-
-
-def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    """Raise `ConfigError` with the nearest sizes that would do unless `value` is a multiple of `divisor`."""
-    if value % divisor:
-        lower, upper = value // divisor * divisor, (value // divisor + 1) * divisor
-        would_do = f"{lower} or {upper}" if lower else str(upper)
-        raise ConfigError(f"{name}={value} is not a multiple of {divisor_name}={divisor}; {would_do} would do.")
 
 
 def require_divides_by_workers(config: Config, workers: int) -> None:

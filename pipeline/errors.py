@@ -3,16 +3,21 @@
 import atexit
 import os
 import platform
+import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from safetensors import SafetensorError
+
 CRASHED = 1
 BAD_SETTINGS = 2
 REWARD_FAILED = 3
 GUARD_STOPPED = 4
+WRITE_FAILED = 5
 STOPPED_BY_SIGNAL = 128  # plus the signal's number, as shells do: 130 SIGINT, 138 SIGUSR1, 143 SIGTERM
 
 STATUS_FILE_VARIABLE = "PIPELINE_STATUS_FILE"
@@ -24,6 +29,47 @@ class UserError(Exception):
 
 class OtherWorkerError(UserError):
     """This worker is well, another one has a `UserError` and says so."""
+
+
+class WriteError(UserError):
+    """The disk is full, a limit is reached or a folder is read-only; the message names the file and the cause."""
+
+
+class Stopped(UserError):
+    """A signal asks the program to end."""
+
+    def __init__(self, number: int, what: str = ""):
+        """
+        Args:
+            number: of the signal.
+            what: was done up to then, as the rest of a sentence.
+        """
+        super().__init__(f"Stopped by {signal.Signals(number).name}{what}.")
+        self.number = number
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Turn a disk's refusal into a `WriteError` that says what could not be written, and why."""
+    try:
+        yield
+    except Exception as error:
+        why = disk_fault(error)
+        if why is None:
+            raise
+        raise WriteError(f"{what} could not be written: {why}") from error
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """Why a file could not be written, on one line; None where the error is another's."""
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+        return error.strerror or " ".join(str(error).split())
+    if isinstance(error, SafetensorError):
+        message = re.search(r'message: "([^"]*)"', str(error))
+        return message[1] if message else " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):  # which does not say why
+        return "the disk is full, or a quota or a file-size limit (ulimit -f) is reached"
+    return None
 
 
 def leave(code: int, error: UserError | None = None) -> NoReturn:
@@ -83,8 +129,12 @@ def worker_faults() -> Iterator[None]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a `UserError` into one line and exit code 2."""
+    """Turn a `UserError` into one line and exit code 2, or the code of a write that failed or of the signal."""
     try:
         yield
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr, flush=True)
+        leave(STOPPED_BY_SIGNAL + stopped.number)
     except UserError as error:
-        leave(BAD_SETTINGS, error)
+        leave(WRITE_FAILED if isinstance(error, WriteError) else BAD_SETTINGS, error)

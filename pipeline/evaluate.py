@@ -17,6 +17,7 @@ training does. The others, each in place of it (docs/preferences.md has the form
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -45,13 +46,14 @@ from pipeline.rewards.composed import ComposedReward
 from pipeline.run_directory import differing_settings, settings_of
 from pipeline.runtime.console import Console
 from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
+from pipeline.runtime.signals import StopRequest, stopping_at_once
 
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:2]):
         print(__doc__)
         return
-    with user_errors():
+    with user_errors(), StopRequest() as stop:
         run, people, config = read_arguments(sys.argv[1:])
         preferences = None if people.preferences is None else read_preferences(people.preferences)
         accelerator = make_accelerator(config.run.mixed_precision)
@@ -70,8 +72,7 @@ def main() -> None:
                     f"from before this one was evaluated anew."
                 )
             console.table("What people marked", marks_table(rate))
-            if accelerator.is_main_process:
-                write_marks(rate, run)
+            on_main(accelerator, lambda: write_marks(rate, run))
         elif preferences is not None:
             reward, policy, reference, tokenizer = all_or_none(
                 accelerator,
@@ -82,10 +83,12 @@ def main() -> None:
                 ),
             )
             choose_rollout_microbatch(config, accelerator, policy, len(preferences))
-            figures = agreement(accelerator, policy, reference, reward, tokenizer, preferences, config)
+            stop.check(accelerator)
+            with stopping_at_once() if accelerator.num_processes == 1 else nullcontext():
+                figures = agreement(accelerator, policy, reference, reward, tokenizer, preferences, config)
+            stop.check(accelerator)
             console.table("Agreement with people", preferences_table(figures))
-            if accelerator.is_main_process:
-                write_preferences(figures, run)
+            on_main(accelerator, lambda: write_preferences(figures, run))
         else:
             data, parts = all_or_none(accelerator, lambda: prepare(run, config, accelerator))
             for note in data.training.notes:
@@ -93,13 +96,12 @@ def main() -> None:
             choose_rollout_microbatch(config, accelerator, parts.policy, config.run.evaluation_prompts)
             evaluation = evaluate(
                 accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config,
-                parts.frontier,
+                parts.frontier, lambda: stop.check(accelerator),
             )  # fmt: skip
             other = differing_settings(settings_of(run), config)
             evaluation.figures["settings"] = {name: now for name, (_then, now) in other.items()}
-            if accelerator.is_main_process:
-                show_evaluation(console, evaluation, run)
-                write_report(console, run)
+            on_main(accelerator, lambda: show_evaluation(console, evaluation, run))
+            on_main(accelerator, lambda: write_report(console, run))
         accelerator.wait_for_everyone()
     end_worker()
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +23,12 @@ from pipeline.models.vocabulary import eos_token_ids
 from pipeline.plane import curve_of, draw_plane, way_of
 from pipeline.ppo.kl import kl_estimate
 from pipeline.rewards.composed import ComposedReward
-from pipeline.rewards.reading import Reading, read
+from pipeline.rewards.reading import Reading, joined, read
 from pipeline.rewards.repetition import ngrams
 from pipeline.rollout.graphs import DecodeGraphs
 from pipeline.rollout.rollout import (
     Responses,
+    concatenated,
     policy_outputs,
     response_texts,
     sample_responses,
@@ -89,10 +90,12 @@ def evaluate(
     held_out: Openings,
     config: Config,
     frontier: Frontier | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Compare the policy with its reference on held-out prompts; collective, the same result on every worker.
 
-    With a frontier of the same recipe also with what its KL could have bought.
+    With a frontier of the same recipe also with what its KL could have bought. `between_batches` is called as often on
+    every worker; what it raises ends the evaluation.
 
     Raises:
         RewardError: the reward broke its contract on some response.
@@ -103,8 +106,12 @@ def evaluate(
     prompts = _prompts(held_out, tokenizer, config, count, padded)
     graphs = DecodeGraphs(moving_weights(accelerator))
     with reference.activated() as original:
-        names, before = _side(accelerator, original, None, reference, reward, tokenizer, prompts, config, graphs)
-    _, after = _side(accelerator, policy.model, policy, reference, reward, tokenizer, prompts, config, graphs)
+        names, before = _side(
+            accelerator, original, None, reference, reward, tokenizer, prompts, config, graphs, between_batches
+        )
+    _, after = _side(
+        accelerator, policy.model, policy, reference, reward, tokenizer, prompts, config, graphs, between_batches
+    )
     texts = {
         "before": response_texts(before, prompts.text, tokenizer)[:count],
         "after": response_texts(after, prompts.text, tokenizer)[:count],
@@ -153,15 +160,9 @@ def _prompts(
     held_out: Openings, tokenizer: PreTrainedTokenizerBase, config: Config, count: int, padded: int
 ) -> PromptBatch:
     prompts = prompt_batch(
-        held_out,
-        tokenizer,
-        step=0,
-        batch_size=count,
-        min_tokens=config.data.prompt_min_tokens,
-        max_tokens=config.data.prompt_max_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        seed=EVALUATION_SEED,
-    )
+        held_out, tokenizer, step=0, batch_size=count, min_tokens=config.data.prompt_min_tokens,
+        max_tokens=config.data.prompt_max_tokens, pad_token_id=tokenizer.pad_token_id, seed=EVALUATION_SEED,
+    )  # fmt: skip
     return prompts.take(np.arange(padded) % count)
 
 
@@ -175,6 +176,7 @@ def _side(
     prompts: PromptBatch,
     config: Config,
     graphs: DecodeGraphs,
+    between_batches: Callable[[], None],
 ) -> tuple[list[str], _Side]:
     """Sample with `model` and measure; `policy` is None where the model is the reference."""
     rollout = config.rollout
@@ -182,20 +184,29 @@ def _side(
     uniforms, lengths = sampling_noise(
         EVALUATION_SEED, 0, len(prompts), rollout.response_min_tokens, rollout.response_max_tokens
     )
-    options = {"temperature": rollout.temperature, "microbatch_size": rollout.rollout_microbatch_size}
+    size = rollout.rollout_microbatch_size
+    batches = []
     with autocast(accelerator), torch.no_grad():
-        responses, _ = sample_responses(
-            model,
-            prompts.slice(mine.start, mine.stop),
-            uniforms[mine],
-            lengths[mine],
-            microbatch_size=rollout.rollout_microbatch_size,
-            eos_token_id=eos_token_ids(model, tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            options=sampling_options(rollout),
-            graphs=graphs,
-        )
-        reading, kl = reading_and_kl(policy, reference, reward, tokenizer, responses, **options)
+        for start in range(mine.start, mine.stop, size):
+            between_batches()
+            batch = slice(start, min(start + size, mine.stop))
+            responses, _ = sample_responses(
+                model,
+                prompts.slice(batch.start, batch.stop),
+                uniforms[batch],
+                lengths[batch],
+                microbatch_size=size,
+                eos_token_id=eos_token_ids(model, tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                options=sampling_options(rollout),
+                graphs=graphs,
+            )
+            options = {"temperature": rollout.temperature, "microbatch_size": size}
+            batches.append((responses, *reading_and_kl(policy, reference, reward, tokenizer, responses, **options)))
+    between_batches()
+    responses = concatenated([responses for responses, _, _ in batches])
+    reading = joined([reading for _, reading, _ in batches])
+    kl = torch.cat([kl for _, _, kl in batches])
     texts = response_texts(responses, prompts.text[mine], tokenizer)
     measures = all_or_none(accelerator, lambda: reward.measures(prompts.text[mine], texts, reading))
     local = _Side(

@@ -23,12 +23,13 @@ from pipeline.config import Config
 from pipeline.errors import user_errors
 from pipeline.exporting import Export, ExportError, is_path, write_export
 from pipeline.runtime.command import command_line, raise_error
+from pipeline.runtime.signals import stopping_at_once
 
 
 def main() -> None:
     logging.set_verbosity_error()  # that a card has no metadata is no fault
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # everything here is on the CPU; DeepSpeed would look for a GPU
-    with user_errors():
+    with user_errors(), stopping_at_once():
         asked = parse(sys.argv[1:])
         run, config = open_run(__doc__, asked.run)
         export = plan(run, config, asked)

@@ -22,11 +22,12 @@ from pipeline.errors import end_worker, user_errors, worker_faults
 from pipeline.frontier_samples import estimate_frontier
 from pipeline.frontiers import DIRECTORIES, Frontier
 from pipeline.runtime.console import Console
-from pipeline.runtime.distributed import all_or_none, make_accelerator
+from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
+from pipeline.runtime.signals import StopRequest
 
 
 def main() -> None:
-    with worker_faults(), user_errors():
+    with worker_faults(), user_errors(), StopRequest() as stop:
         config = parse_config(__doc__)
         if config.run.frontier == "none":
             raise ConfigError("frontier='none': name the file to write, or leave it out.")
@@ -45,9 +46,11 @@ def main() -> None:
         reward = all_or_none(accelerator, lambda: open_reward(config, data, accelerator.device))
         policy, reference = all_or_none(accelerator, lambda: open_start(config, accelerator.device))
         choose_rollout_microbatch(config, accelerator, policy, config.run.frontier_prompts * accelerator.num_processes)
-        frontier = estimate_frontier(accelerator, reference, reward, data.tokenizer, data.held_out, config)
+        frontier = estimate_frontier(
+            accelerator, reference, reward, data.tokenizer, data.held_out, config, lambda: stop.check(accelerator)
+        )
+        on_main(accelerator, lambda: frontier.save(path))
         if accelerator.is_main_process:
-            frontier.save(path)
             console.table("The best reward at each KL", frontier_table(frontier))
             console.say(f"Written to {path}")
         accelerator.wait_for_everyone()

@@ -1,6 +1,7 @@
 """Samples of the reference, from which a recipe's frontier is estimated; where samples are missing, more are drawn."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -35,8 +36,11 @@ def estimate_frontier(
     tokenizer: PreTrainedTokenizerBase,
     held_out: Openings,
     config: Config,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Frontier:
     """Sample the reference for held-out prompts, each worker its share of the samples; the same result on all.
+
+    `between_batches` is called as often on every worker; what it raises ends the estimate.
 
     Raises:
         RewardError: the reward broke its contract on some response.
@@ -52,13 +56,12 @@ def estimate_frontier(
 
     def sampled(plan: np.ndarray, first: int) -> Tensor:
         """Scores (rounds, n) of a response to each prompt of `plan` (rounds, n), shared out over the workers."""
-        mine = share(accelerator, len(plan))
-        scores = torch.stack(
-            [
-                _scores(accelerator, reference, reward, tokenizer, prompts.take(plan[i]), config, first + i, graphs)
-                for i in range(len(plan))[mine]
-            ]
-        )
+        scores = []
+        for number in range(len(plan))[share(accelerator, len(plan))]:
+            between_batches()
+            taken = prompts.take(plan[number])
+            scores.append(_scores(accelerator, reference, reward, tokenizer, taken, config, first + number, graphs))
+        scores = torch.stack(scores)
         scores = accelerator.gather(scores.to(accelerator.device)) if workers > 1 else scores
         return scores.cpu().double()
 

@@ -15,6 +15,7 @@ import torch
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.prompts import Openings
+from pipeline.errors import writing
 from pipeline.inputs import classifier_fingerprints, openings_fingerprint
 from pipeline.models.loading import REFERENCE_ADAPTER
 from pipeline.models.policy import Reference
@@ -86,8 +87,7 @@ class Frontier:
         return times @ self.rewards, times @ self.kls
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, curves with five digits."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write it as JSON, curves with five digits; raises `WriteError`."""
         content = {
             "identity": self.identity,
             "samples": self.samples,
@@ -97,7 +97,9 @@ class Frontier:
             "kls": _digits(self.kls),
             "effective_samples": _digits(self.effective_samples),
         }
-        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def _needed(rewards: np.ndarray, curves: np.ndarray, kls: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ class Guards:
     first_entropy: float | None = None  # nats a token, of the first step
     bad: int = 0  # steps in a row up to now
     skipped: int = 0  # optimiser steps in a row up to now
+    learned: bool = False  # whether an optimiser step was ever taken
 
     @property
     def content(self) -> bool:
@@ -49,6 +50,13 @@ class Guards:
     def _gradients(self, settings: PPOSettings, applied: Sequence[bool], spoilt: str | None) -> list[str]:
         for taken in applied:
             self.skipped = 0 if taken else self.skipped + 1
+            self.learned = self.learned or taken
+            if self.skipped == IN_A_ROW and not self.learned:
+                raise GuardError(
+                    f"loss or gradient was NaN or infinite in each of the first {IN_A_ROW} optimiser steps, before "
+                    f"anything was learned: not learning_rate is at fault, but the model's weights, the size of the "
+                    f"reward, or the precision (--mixed_precision no)."
+                )
             if self.skipped == IN_A_ROW:
                 raise GuardError(
                     f"loss or gradient was NaN or infinite in {IN_A_ROW} optimiser steps in a row, which were skipped"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.data.files import DataError, csv_rows, jsonl_rows
+from pipeline.errors import writing
 from pipeline.evaluation import EVALUATION_SEED
 from pipeline.intervals import wilson_interval
 from pipeline.models.card import markdown_table
@@ -154,7 +155,8 @@ def marks_table(rate: WinRate) -> list[list[str]]:
 
 
 def write_marks(rate: WinRate, directory: Path) -> None:
-    """Write `marks.json` and `marks.md` into `directory`."""
+    """Write `marks.json` and `marks.md` into `directory`; raises `WriteError`."""
     path = directory / MARKS_FILE
-    path.write_text(json.dumps(asdict(rate), indent=2) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(f"# What people marked\n\n{markdown_table(marks_table(rate))}\n", "utf-8")
+    with writing(path):
+        path.write_text(json.dumps(asdict(rate), indent=2) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(f"# What people marked\n\n{markdown_table(marks_table(rate))}\n", "utf-8")

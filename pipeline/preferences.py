@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config import Config
 from pipeline.data.preferences import Preferences
 from pipeline.data.tokens import prefix_ids, start_ids, text_ids
+from pipeline.errors import writing
 from pipeline.intervals import RANKINGS, bootstrap_interval, rank_figures
 from pipeline.models.card import markdown_table
 from pipeline.models.policy import Policy, Reference
@@ -253,8 +254,9 @@ def _cell(figure: dict[str, object] | None, sign: str = "") -> str:
 
 
 def write_preferences(figures: dict[str, object], directory: Path) -> None:
-    """Write `preferences.json` and `preferences.md` into `directory`."""
+    """Write `preferences.json` and `preferences.md` into `directory`; raises `WriteError`."""
     path = directory / PREFERENCES_FILE
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     text = f"# Agreement with people\n\n{markdown_table(preferences_table(figures))}\n"
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    with writing(path):
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(text, encoding="utf-8")

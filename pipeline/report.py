@@ -17,6 +17,7 @@ from pipeline.errors import user_errors
 from pipeline.reports.page import comparison_page, run_page
 from pipeline.reports.records import read_run, read_runs
 from pipeline.run_directory import REPORT_FILE
+from pipeline.runtime.signals import stopping_at_once
 
 COMPARISON = Path("runs/comparison.html")
 
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Output directory of a run.")
     parser.add_argument("--to", type=Path, metavar="FILE", help="The file to write.")
     options = parser.parse_args()
-    with user_errors():
+    with user_errors(), stopping_at_once():
         path = report(options.runs, options.to)
     print(f"Written to {path}")
 

@@ -6,13 +6,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
+from pipeline.errors import WriteError, writing
 from pipeline.evaluation import Evaluation, figures_table, samples_table, write_evaluation
 from pipeline.metrics import Sample, StepReport
 from pipeline.reports.page import write_run_page
 from pipeline.run_directory import CONFIG_FILE, EVALUATION_FILE, EVALUATION_TEXT, METRICS_FILE, PLANE_FILE, REPORT_FILE
 from pipeline.runtime.console import Console
-from pipeline.runtime.environment import begin_part, end_part
+from pipeline.runtime.environment import ENVIRONMENT_FILE, begin_part, end_part
 from pipeline.runtime.tracking import MetricsFile, Trackers
 
 # What the console shows of a step: its name there, the metric, how it is written.
@@ -27,19 +28,36 @@ FLOAT32_DEVIATION = 1e-3  # of the first ratio from 1: products of float32 leave
 
 
 def show_evaluation(console: Console, evaluation: Evaluation, directory: Path) -> None:
-    """Write the comparison into `directory` and print its figures and some samples."""
-    write_evaluation(evaluation, directory)
+    """Write the comparison into `directory` and print its figures and some samples.
+
+    They are printed also where the disk refuses them, before the `WriteError` of that.
+    """
+    refused = None
+    try:
+        with writing(directory / EVALUATION_FILE):
+            write_evaluation(evaluation, directory)
+    except WriteError as error:
+        refused = error
     console.table("Samples before and after", samples_table(evaluation, 6))
     console.table("Before and after", figures_table(evaluation))
+    if refused is not None:
+        raise refused
     console.say(f"Written to {directory}: {EVALUATION_FILE}, {EVALUATION_TEXT} and {PLANE_FILE}")
     if console.quiet:
         console.say(f"{_outcome(evaluation)}: {directory}", always=True)
 
 
 def write_report(console: Console, directory: Path) -> None:
-    """Write the run's report.html; a fault in that is a warning, for the run has all it needs."""
+    """Write the run's report.html; a fault in making it is a warning, for the run has all it needs.
+
+    Raises:
+        WriteError: the disk refused it.
+    """
     try:
-        write_run_page(directory)
+        with writing(directory / REPORT_FILE):
+            write_run_page(directory)
+    except WriteError:
+        raise
     except Exception as error:
         console.warn(f"no {REPORT_FILE} ({type(error).__name__}: {error})")
     else:
@@ -67,6 +85,15 @@ class Reporter:
         self._trackers: Trackers | None = None
 
     def __enter__(self) -> "Reporter":
+        """Open the run's files; raises `ConfigError` where they cannot be written."""
+        try:
+            self._open()
+        except OSError as error:
+            raise ConfigError(f"output_dir={str(self.directory)!r} cannot be written: {error}") from error
+        self.console.__enter__()
+        return self
+
+    def _open(self) -> None:
         if self.enabled:
             config = self.config
             config.save(self.directory / CONFIG_FILE)
@@ -88,8 +115,6 @@ class Reporter:
                 state=self._resumed.get("trackers"),
             )
             self._started = time.monotonic()
-        self.console.__enter__()
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.console.__exit__(*exception)
@@ -101,12 +126,24 @@ class Reporter:
         """What a resumed run's reporter needs to go on."""
         return {"resumable": True, "trackers": self._trackers.state() if self.enabled else None}
 
+    def flush(self) -> None:
+        """Write the steps that found no room yet; raises `WriteError`."""
+        if self.enabled:
+            with writing(self.directory / METRICS_FILE):
+                self._metrics.flush()
+
     def step(self, report: StepReport) -> None:
         """Write and show one step's figures; samples every `samples_every_steps`."""
         if not self.enabled:
             return
         metrics, step, steps = report.metrics, report.step, self.config.ppo.steps
-        self._metrics.write(metrics)
+        try:
+            self._metrics.write(metrics)
+        except OSError as error:
+            if len(self._metrics.waiting) == 1:  # else it was told of an earlier step
+                self.console.warn(
+                    f"{self.directory / METRICS_FILE} could not be written ({error}); steps wait in memory."
+                )
         self._remember(metrics)
         self._first_step = step - 1 if self._first_step is None else self._first_step
         left = (time.monotonic() - self._started) / (step - self._first_step) * (steps - step)
@@ -125,7 +162,7 @@ class Reporter:
             )
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        """Write and show the comparison before/after."""
+        """Write and show the comparison before/after; raises `WriteError`."""
         if not self.enabled:
             return
         show_evaluation(self.console, evaluation, self.directory)
@@ -148,9 +185,11 @@ class Reporter:
         self._trackers.table("before and after", columns, cells)
 
     def end(self, outcome: str) -> None:
-        """Note how the run ended, in a sentence, and write its report."""
+        """Note how the run ended, in a sentence, and write its report; raises `WriteError`."""
         if self.enabled:
-            end_part(self.directory, outcome)
+            self.flush()
+            with writing(self.directory / ENVIRONMENT_FILE):
+                end_part(self.directory, outcome)
             write_report(self.console, self.directory)
 
     def finished(self) -> None:

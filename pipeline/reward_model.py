@@ -10,6 +10,7 @@ cut off continues from its newest checkpoint in `output_dir`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,16 +24,18 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
+from pipeline.checked import require
 from pipeline.data.sources import Reviews, load_reviews, split_held_out
-from pipeline.errors import user_errors
+from pipeline.errors import Stopped, user_errors, writing
 from pipeline.inputs import keep_to_inputs, tell
 from pipeline.models.card import write_model_card
-from pipeline.models.loading import ModelError, opening
+from pipeline.models.loading import ModelError, load_config, opening
 from pipeline.models.scratch import new_config, tokenizer_of_run
 from pipeline.runtime.command import command_line, parse_recipe
 from pipeline.runtime.gpus import cuda_is_usable
+from pipeline.runtime.signals import StopRequest
+from pipeline.supervised import StopCallback, StoppableEvaluation, building, check_positions, check_training, train
 
 LABELS = {0: "NEGATIVE", 1: "POSITIVE"}
 
@@ -70,6 +73,10 @@ class RewardModelArguments:
             raise ModelError(f"save_dtype={self.save_dtype!r} is not a type of torch; bfloat16 and float32 are.")
         if not 4 <= self.min_window <= self.max_window:
             raise ModelError(f"min_window={self.min_window}, max_window={self.max_window}: need 4 <= min <= max.")
+        for name in ("vocab_size", "eval_texts"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        require(0 <= self.token_dropout < 1, "token_dropout", self.token_dropout, "must be in [0, 1)")
+        require(bool(self.datasets), "datasets", self.datasets, "name at least one")
 
 
 SETTINGS = (RewardModelArguments, TrainingArguments)
@@ -124,7 +131,10 @@ def tokenize(reviews: Reviews, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 @torch.no_grad()
-def accuracy(model, tokenizer, dataset: Dataset, *, window: int, batch_size: int = 64) -> float:
+def accuracy(
+    model, tokenizer, dataset: Dataset, *, window: int, batch_size: int = 64,
+    between_batches: Callable[[], None] = lambda: None,
+) -> float:  # fmt: skip
     """Accuracy on whole texts: a text longer than `window` tokens is judged by the mean logits of its windows."""
     model.eval()
     rows, pieces = [], []
@@ -137,27 +147,33 @@ def accuracy(model, tokenizer, dataset: Dataset, *, window: int, batch_size: int
     logits = torch.zeros(len(dataset), 2)
     order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
     for start in range(0, len(order), batch_size):
+        between_batches()
         batch = order[start : start + batch_size]
         inputs = {k: v.to(model.device) for k, v in pad_windows(tokenizer, [pieces[i] for i in batch]).items()}
         logits.index_add_(0, torch.tensor([rows[i] for i in batch]), model(**inputs).logits.float().cpu())
     return (logits.argmax(-1) == torch.tensor(dataset["label"])).float().mean().item()
 
 
-class WindowTrainer(Trainer):
+class WholeTextTrainer(Trainer):
     """`Trainer` that evaluates on whole texts, each dataset by itself."""
 
-    def __init__(self, *args, window: int, whole_texts: dict[str, Dataset], **kwargs):
+    def __init__(self, *args, window: int, whole_texts: dict[str, Dataset], stop: StopRequest, **kwargs):
         super().__init__(*args, **kwargs)
-        self.window, self.whole_texts = window, whole_texts
+        self.window, self.whole_texts, self.stop = window, whole_texts, stop
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
+        options = {"window": self.window, "between_batches": lambda: self.stop.check(self.accelerator)}
         metrics = {
-            f"{metric_key_prefix}_accuracy_{name}": accuracy(model, self.processing_class, texts, window=self.window)
+            f"{metric_key_prefix}_accuracy_{name}": accuracy(model, self.processing_class, texts, **options)
             for name, texts in self.whole_texts.items()
         }
         self.log(metrics)
         return metrics
+
+
+class WindowTrainer(StoppableEvaluation, WholeTextTrainer):
+    """The same, which a signal can end."""
 
 
 def load_labelled(arguments: RewardModelArguments) -> dict[str, tuple[Reviews, Reviews]]:
@@ -171,22 +187,45 @@ def load_labelled(arguments: RewardModelArguments) -> dict[str, tuple[Reviews, R
     return parts
 
 
+def check_encoder(arguments: RewardModelArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ModelError` where the tokenizer lacks what windows are made of: the model is a decoder, most likely."""
+    needed = ["cls", "sep", "pad", *(["mask"] if arguments.token_dropout else [])]
+    missing = [name for name in needed if getattr(tokenizer, f"{name}_token_id") is None]
+    if missing:
+        setting = "model_path" if arguments.model_path is not None else "model_type"
+        raise ModelError(
+            f"{setting}={getattr(arguments, setting)!r} is not an encoder: its tokenizer has no {', '.join(missing)} "
+            f"token. Give one such as distilbert or roberta."
+        )
+
+
 def build(arguments: RewardModelArguments, run: TrainingArguments, texts: list[str]):
     """Return (classifier in float32, tokenizer)."""
     labels = {"id2label": LABELS, "label2id": {name: i for i, name in LABELS.items()}, "num_labels": 2}
     if arguments.model_path is not None:
+        check_positions(load_config(arguments.model_path), "max_window", arguments.max_window)
         with opening(arguments.model_path, "model_path"):
             tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
+            check_encoder(arguments, tokenizer)
             classifier = AutoModelForSequenceClassification
             return classifier.from_pretrained(arguments.model_path, dtype=torch.float32, **labels), tokenizer
     tokenizer = tokenizer_of_run(run, arguments.model_type, texts, arguments.vocab_size)
+    check_encoder(arguments, tokenizer)
     config = new_config(arguments.model_type, arguments.config_overrides, tokenizer)
+    check_positions(config, "max_window", arguments.max_window)
     config.id2label, config.label2id = labels["id2label"], labels["label2id"]
     return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32), tokenizer
 
 
 def main() -> None:
+    with StopRequest() as stop:
+        fine_tune(stop)
+
+
+def fine_tune(stop: StopRequest) -> None:
+    """The training of the command line; raises `UserError`."""
     arguments, config = parse_recipe(SETTINGS, __doc__, use_cpu=not cuda_is_usable())
+    check_training(config)
     config.remove_unused_columns = False  # the collator reads `tokens`
     set_seed(config.seed)
     parts = load_labelled(arguments)
@@ -199,39 +238,51 @@ def main() -> None:
     model, tokenizer = build(arguments, config, training.texts)
     tokenizer.model_max_length = arguments.max_window
     held_out = {name: tokenize(part, tokenizer) for name, (_, part) in parts.items()}
-    trainer = WindowTrainer(
-        model=model,
-        args=config,
-        processing_class=tokenizer,
-        train_dataset=tokenize(training, tokenizer),
-        eval_dataset=next(iter(held_out.values())),
-        data_collator=WindowCollator(
-            tokenizer,
-            min_window=arguments.min_window,
-            max_window=arguments.max_window,
-            token_dropout=arguments.token_dropout,
-        ),
-        window=arguments.max_window,
-        whole_texts={
-            name: texts.select(range(0, len(texts), max(1, len(texts) // arguments.eval_texts)))
-            for name, texts in held_out.items()
-        },
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
+    callback = StopCallback(stop)
+    with building():
+        trainer = WindowTrainer(
+            model=model,
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=tokenize(training, tokenizer),
+            eval_dataset=next(iter(held_out.values())),
+            data_collator=WindowCollator(
+                tokenizer,
+                min_window=arguments.min_window,
+                max_window=arguments.max_window,
+                token_dropout=arguments.token_dropout,
+            ),
+            window=arguments.max_window,
+            stop=stop,
+            whole_texts={
+                name: texts.select(range(0, len(texts), max(1, len(texts) // arguments.eval_texts)))
+                for name, texts in held_out.items()
+            },
+        )
+    callback.attach(trainer)
+    train(trainer, config, callback)
     if not trainer.accelerator.is_main_process:
         return
     model = trainer.accelerator.unwrap_model(trainer.model).to(getattr(torch, arguments.save_dtype))
     output = Path(config.output_dir)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with writing(f"the model in {output}"):
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
     model.float()
     figures = {}
+
+    def stop_here() -> None:  # the other workers have ended
+        if stop.requested:
+            raise Stopped(stop.signal_number, " in the evaluation; the same command makes it again")
+
     for name, texts in held_out.items():
         figures[f"accuracy on {len(texts)} whole held-out texts of {name}"] = accuracy(
-            model, tokenizer, texts, window=arguments.max_window
+            model, tokenizer, texts, window=arguments.max_window, between_batches=stop_here
         )
         short = texts.map(lambda row: {"tokens": row["tokens"][:24]}, load_from_cache_file=False)
-        figures[f"accuracy on their first 24 tokens, {name}"] = accuracy(model, tokenizer, short, window=32)
+        figures[f"accuracy on their first 24 tokens, {name}"] = accuracy(
+            model, tokenizer, short, window=32, between_batches=stop_here
+        )
     print("\n".join(["", "Held out:"] + [f"  {value:.4f}  {name}" for name, value in figures.items()]), flush=True)
     write_model_card(
         output,

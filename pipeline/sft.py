@@ -21,19 +21,22 @@ from transformers import (
     Trainer,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
+from pipeline.checked import require
 from pipeline.data.sources import Reviews, counted, load_reviews, split_held_out
 from pipeline.data.tokens import prefix_ids, text_ids
-from pipeline.errors import user_errors
+from pipeline.errors import user_errors, writing
 from pipeline.inputs import keep_to_inputs, tell
 from pipeline.models.card import write_model_card
-from pipeline.models.loading import ModelError, opening
+from pipeline.models.loading import ModelError, load_config, opening
 from pipeline.models.muon import MuonWithAdamW
 from pipeline.models.scratch import new_config, tokenizer_of_run
 from pipeline.runtime.command import command_line, parse_recipe
+from pipeline.runtime.distributed import on_main
 from pipeline.runtime.gpus import cuda_is_usable
+from pipeline.runtime.signals import StopRequest
+from pipeline.supervised import StopCallback, StoppableEvaluation, building, check_positions, check_training, train
 
 
 @dataclass
@@ -69,6 +72,8 @@ class SFTArguments:
             raise ModelError("muon=true is for training from scratch (model_type); fine-tune with AdamW.")
         if not isinstance(getattr(torch, self.save_dtype, None), torch.dtype):
             raise ModelError(f"save_dtype={self.save_dtype!r} is not a type of torch; bfloat16 and float32 are.")
+        for name in ("vocab_size", "eval_reviews"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
 
 
 SETTINGS = (SFTArguments, SFTConfig)
@@ -96,7 +101,7 @@ def chunk_reviews(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_leng
     return Dataset.from_dict({"input_ids": chunks}), counted(dropped, tokens, rests)
 
 
-class LogitsTrainer(SFTTrainer):
+class LogitsTrainer(StoppableEvaluation, SFTTrainer):
     """`SFTTrainer` with the model's own loss on CPU, and Muon where asked.
 
     TRL computes loss and entropy from the head's weights in float32 tiles, which saves memory on a GPU and takes 43 %
@@ -121,11 +126,13 @@ class LogitsTrainer(SFTTrainer):
 def build(arguments: SFTArguments, run: SFTConfig, training: Reviews):
     """Return (model in float32, tokenizer)."""
     if arguments.model_path is not None:
+        check_positions(load_config(arguments.model_path), "max_length", run.max_length)
         with opening(arguments.model_path, "model_path"):
             tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
             return AutoModelForCausalLM.from_pretrained(arguments.model_path, dtype=torch.float32), tokenizer
     tokenizer = tokenizer_of_run(run, arguments.model_type, training.texts, arguments.vocab_size)
     config = new_config(arguments.model_type, arguments.config_overrides, tokenizer)
+    check_positions(config, "max_length", run.max_length)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
 
 
@@ -148,38 +155,59 @@ def continuations(model, tokenizer, texts: list[str], *, prompt_tokens: int = 4,
 
 
 def main() -> None:
+    with StopRequest() as stop:
+        fine_tune(stop)
+
+
+def fine_tune(stop: StopRequest) -> None:
+    """The training of the command line; raises `UserError`."""
     arguments, config = parse_recipe(SETTINGS, __doc__, use_cpu=not cuda_is_usable())
+    require(config.max_length is not None and config.max_length > 1, "max_length", config.max_length,
+            "must be a number of tokens, at least 2")  # fmt: skip
+    check_training(config)
     set_seed(config.seed)
     reviews = load_reviews(arguments.dataset, text_column=arguments.text_column)
     training, held_out = split_held_out(reviews)
     keep_to_inputs(config, arguments.dataset, (training, held_out))
     tell(config, reviews.notes)
     model, tokenizer = build(arguments, config, training)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of model_path={arguments.model_path!r} has no EOS token, which ends a review.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
     chunks, notes = chunk_reviews(training.texts, tokenizer, config.max_length)
     tell(config, notes)
-    trainer = LogitsTrainer(
-        model=model,
-        args=config,
-        muon=arguments.muon,
-        processing_class=tokenizer,
-        train_dataset=chunks,
-        eval_dataset={
-            "some": chunk_reviews(held_out.texts[: arguments.eval_reviews], tokenizer, config.max_length)[0],
-            "all": chunk_reviews(held_out.texts, tokenizer, config.max_length)[0],
-        },
-    )
+    callback = StopCallback(stop)
+    with building():
+        trainer = LogitsTrainer(
+            model=model,
+            args=config,
+            muon=arguments.muon,
+            processing_class=tokenizer,
+            train_dataset=chunks,
+            eval_dataset={
+                "some": chunk_reviews(held_out.texts[: arguments.eval_reviews], tokenizer, config.max_length)[0],
+                "all": chunk_reviews(held_out.texts, tokenizer, config.max_length)[0],
+            },
+        )
     held_out_chunks, trainer.eval_dataset = trainer.eval_dataset["all"], trainer.eval_dataset["some"]
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
+    callback.attach(trainer)
+    train(trainer, config, callback)
     model = trainer.accelerator.unwrap_model(trainer.model).to(getattr(torch, arguments.save_dtype))
+    output = Path(config.output_dir)
+
+    def save() -> None:
+        with writing(f"the model in {output}"):
+            model.config.use_cache = True
+            model.save_pretrained(output)
+            tokenizer.save_pretrained(output)
+            model.config.use_cache = False
+
+    on_main(trainer.accelerator, save)
     loss = trainer.evaluate(eval_dataset=held_out_chunks)
     if not trainer.accelerator.is_main_process:
         return
-    output = Path(config.output_dir)
     model.config.use_cache = True
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
     set_seed(config.seed)
     samples = continuations(model.float(), tokenizer, held_out.texts[:4])
     print("\n".join(["", "Held-out openings continued:", *samples]), flush=True)

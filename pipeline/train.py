@@ -8,12 +8,14 @@ Writes into output_dir: config.yaml, metrics.jsonl, checkpoints, the tuned model
 evaluation.json, .md and _samples.jsonl, plane.png, environment.json, report.html. A run that was cut off goes on from
 its newest checkpoint, see --resume.
 
-Exit codes: 0 finished; 1 a worker failed, with its traceback; 2 a setting, file or reward is at fault and nothing was
-trained; 3 the reward failed in mid-run; 4 a guard ended the run (pipeline/guards.py); 130, 138, 143 stopped by SIGINT
-(Ctrl-C), SIGUSR1 or SIGTERM. In 3, 4 and those a checkpoint and the model are saved: in 4 of the last good state.
+Exit codes: 0 finished; 1 a worker failed, with its traceback; 2 a setting, file, disk or reward is at fault and nothing
+was trained; 3 the reward failed in mid-run; 4 a guard ended the run (pipeline/guards.py); 5 the model, the evaluation
+or the report could not be written: the same command makes them from the newest checkpoint; 130, 138, 143 stopped by
+SIGINT (Ctrl-C), SIGUSR1 or SIGTERM, in training or evaluation. In 3, 4 and those a checkpoint and the model are saved:
+in 4 of the last good state.
 """
 
-import signal
+from contextlib import ExitStack
 
 from accelerate import Accelerator
 
@@ -27,25 +29,26 @@ from pipeline.assembly import (
     parse_config,
 )
 from pipeline.config import SECTIONS, Config, require_divides_by_workers
+from pipeline.ending import end, exit_code, go_back, stopped_line
 from pipeline.errors import (
-    GUARD_STOPPED,
-    REWARD_FAILED,
-    STOPPED_BY_SIGNAL,
+    OtherWorkerError,
+    Stopped,
     UserError,
+    WriteError,
     end_worker,
     leave,
     user_errors,
     worker_faults,
+    writing,
 )
 from pipeline.evaluation import evaluate
 from pipeline.guards import GuardError
 from pipeline.inputs import check_same_inputs, inputs_of
-from pipeline.models.saving import save_policy
+from pipeline.models.saving import forget_policy, save_policy
 from pipeline.reporting import Reporter
 from pipeline.run_directory import (
     CHECKPOINTS,
     CONFIG_FILE,
-    FINISHED,
     METRICS_FILE,
     Start,
     check_disk,
@@ -55,7 +58,7 @@ from pipeline.run_directory import (
     plan_start,
     settings_of,
 )
-from pipeline.runtime.checkpoints import Checkpoints, check_topology, newest_whole
+from pipeline.runtime.checkpoints import CheckpointError, Checkpoints, check_topology
 from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
 from pipeline.runtime.engine import check_can_compile, check_can_shard_reference, gathered, precision, strategy
 from pipeline.runtime.signals import StopRequest
@@ -97,7 +100,10 @@ def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
     if saved is not None:
         trainer.restore(saved["trainer"])
     resumed = None if saved is None else saved["reporter"]
-    with Reporter(config, enabled=accelerator.is_main_process, resumed=resumed) as reporter:
+    reporter = Reporter(config, enabled=accelerator.is_main_process, resumed=resumed)
+    with ExitStack() as opened:
+        with user_errors():
+            all_or_none(accelerator, lambda: opened.enter_context(reporter))
         reporter.console.say("\n".join([*data.training.notes, describe(config, data, parts, accelerator)]))
         if saved is not None:
             reporter.console.say(f"Going on from {start.checkpoint}, after step {trainer.finished}.")
@@ -105,11 +111,9 @@ def start_and_run(stop: StopRequest) -> tuple[int, UserError | None]:
             reporter.console.warn(warning)
         trainer.phases.watcher = reporter.console.phase
         failure = run(trainer, checkpoints, reporter, config, data, parts)
-        reporter.end(outcome(trainer, failure))
+        failure = end(trainer, reporter, config, failure)
     accelerator.wait_for_everyone()
-    if failure is not None:
-        return GUARD_STOPPED if isinstance(failure, GuardError) else REWARD_FAILED, failure
-    return STOPPED_BY_SIGNAL + trainer.stopped_by if trainer.stopped_by else 0, None
+    return exit_code(trainer, failure), failure
 
 
 def prepare(config: Config, accelerator: Accelerator, start: Start) -> tuple[Data, Parts]:
@@ -138,26 +142,42 @@ def run(
 ) -> UserError | None:
     """Train, save, evaluate. What was learned is saved also where the training fails; its error is returned then."""
     accelerator, console = trainer.accelerator, reporter.console
-    kept = trainer.finished or None
+    kept = trainer.finished or None  # the step of the newest checkpoint
     inputs = inputs_of(config, data.training, data.held_out) if accelerator.is_main_process else None
 
-    def keep(*, now: bool = False) -> None:
+    def keep(*, now: bool = False, required: bool = False) -> None:
         nonlocal kept
         every, done = config.run.save_every_steps, trainer.finished
         due = bool(every) and (done % every == 0 or done == config.ppo.steps)
         if done == kept or not (due or now):
             return
-        kept = done
         console.phase("checkpoint")
         state = {"trainer": trainer.state(), "reporter": reporter.state(), "inputs": inputs}
         files = {name: config.output_dir / name for name in (CONFIG_FILE, METRICS_FILE)}
         try:
+            on_main(accelerator, reporter.flush)
             checkpoints.save(done, state, files)
         except UserError as error:  # a full disk must not end a run that could go on
+            if required:
+                raise
             console.warn(str(error))
+        else:
+            kept = done
+
+    def keep_good() -> None:
+        if trainer.guards.content or not config.run.save_every_steps:  # else one from before the bad steps is there
+            keep(now=True)
 
     if config.run.save_every_steps and not trainer.finished:
-        keep(now=True)  # so that there is a good state to go back to from the first step on
+        try:
+            keep(now=True, required=True)  # so that there is a good state to go back to from the first step on
+        except OtherWorkerError as error:
+            return error
+        except UserError as error:
+            return CheckpointError(
+                f"{error}. Nothing was trained: make room there, choose another output_dir, or set save_every_steps to "
+                f"0 for a run without checkpoints."
+            )
     failure = None
     try:
         trainer.train(reporter.step, keep, console.warn)
@@ -166,18 +186,18 @@ def run(
     if isinstance(failure, GuardError):
         console.say(go_back(trainer, checkpoints), always=True)
     elif failure is not None or trainer.stop_requested():
-        good = trainer.guards.content or not config.run.save_every_steps  # else one from before the bad steps is there
-        if good:
-            keep(now=True)
-    with gathered(trainer.engine):
-        if accelerator.is_main_process:
-            save_policy(parts.policy, data.tokenizer, config.output_dir, config.rollout, step=trainer.finished)
-    console.say(f"The model is saved in {config.output_dir}")
+        keep_good()
+    refused = save_model(trainer, config, data, parts)
+    if refused is None:
+        console.say(f"The model is saved in {config.output_dir}")
+    elif failure is not None or trainer.stopped_by:
+        console.warn(str(refused))
+    else:
+        return refused
     if failure is not None:
         return failure
     if trainer.stopped_by:
-        console.say(f"Stopped by {signal.Signals(trainer.stopped_by).name} after {trainer.finished} of "
-                    f"{config.ppo.steps} steps. The same command goes on from there.", always=True)  # fmt: skip
+        console.say(stopped_line(trainer, kept), always=True)
         return None
     if config.run.evaluation_prompts:
         console.phase("evaluation")
@@ -185,34 +205,38 @@ def run(
             with gathered(trainer.engine):
                 evaluation = evaluate(
                     accelerator, parts.policy, parts.reference, parts.reward, data.tokenizer, data.held_out, config,
-                    parts.frontier,
+                    parts.frontier, lambda: trainer.stop.check(accelerator),
                 )  # fmt: skip
-            reporter.evaluation(evaluation)
+            on_main(accelerator, lambda: reporter.evaluation(evaluation))
+        except Stopped as stopped:
+            trainer.stopped_by = stopped.number
         except UserError as error:
-            return error
-    reporter.finished()
-    if accelerator.is_main_process:
-        (config.output_dir / FINISHED).touch()
+            failure = error
+        if failure is not None or trainer.stopped_by:
+            keep_good()  # where none was asked for: what was trained is not trained again
+        if trainer.stopped_by:
+            console.say(stopped_line(trainer, kept, what="evaluation"), always=True)
+    return failure
+
+
+def save_model(trainer: PPOTrainer, config: Config, data: Data, parts: Parts) -> UserError | None:
+    """Write the model, collectively; the error of a disk that refuses it, which then has no half of one either."""
+    accelerator, directory = trainer.accelerator, config.output_dir
+
+    def save() -> None:
+        try:
+            with writing(f"the model in {directory}"):
+                save_policy(parts.policy, data.tokenizer, directory, config.rollout, step=trainer.finished)
+        except WriteError:
+            forget_policy(directory)
+            raise
+
+    try:
+        with gathered(trainer.engine):
+            on_main(accelerator, save)
+    except UserError as error:
+        return error
     return None
-
-
-def go_back(trainer: PPOTrainer, checkpoints: Checkpoints) -> str:
-    """Give the policy back its newest checkpoint, which is of before the first bad step; returns what was done."""
-    last_good = on_main(trainer.accelerator, lambda: newest_whole(checkpoints.directory, print))
-    if last_good is None:
-        return "There is no checkpoint to go back to: the model saved is the spoilt one."
-    trainer.restore(checkpoints.load(last_good)["trainer"])
-    return f"Back to the last good state, after step {trainer.finished}: {last_good}"
-
-
-def outcome(trainer: PPOTrainer, failure: UserError | None) -> str:
-    """How the run ended."""
-    steps = f"{trainer.finished} of {trainer.config.ppo.steps} steps"
-    if failure is not None:
-        return f"ended after {steps}: {failure}"
-    if trainer.stopped_by:
-        return f"stopped by {signal.Signals(trainer.stopped_by).name} after {steps}"
-    return "finished"
 
 
 def describe(config: Config, data: Data, parts: Parts, accelerator: Accelerator) -> str:

@@ -28,6 +28,7 @@ from pipeline.rollout.rollout import (
     Scored,
     response_texts,
     sample_responses,
+    sample_text,
 )
 from pipeline.rollout.sampling import sampling_noise, sampling_options
 from pipeline.runtime.distributed import agreed_signal, all_or_none, gather_fields, peak_memory_gigabytes, share
@@ -116,7 +117,7 @@ class PPOTrainer:
                     with self.phases.timed("reference"):
                         reading = self.read(responses)
                     with self.phases.timed("score"):
-                        parts = self.score(scoring, reading)
+                        parts = self.score(scoring, reading, responses)
                     rollout = self.gather(step, responses, reading, parts, outputs)
                 advantages = self.advantages(rollout)
                 with self.phases.timed("update"):
@@ -185,9 +186,16 @@ class PPOTrainer:
 
         return alongside(self.accelerator.device, score)
 
-    def score(self, scoring: Callable[[], dict[str, Tensor]], reading: Reading) -> Tensor:
+    def score(self, scoring: Callable[[], dict[str, Tensor]], reading: Reading, responses: Responses) -> Tensor:
         """Raw scores (n, K) of this worker's responses by the reward's K components."""
-        return all_or_none(self.accelerator, lambda: self.reward.raw(scoring(), reading))
+
+        def raw() -> Tensor:
+            parts = self.reward.raw(scoring(), reading)
+            if self.moments is self.part_moments is self.config.reward.reward_clip is None:
+                self.reward.check_size(parts, lambda i: sample_text(responses, i, self.tokenizer))
+            return parts
+
+        return all_or_none(self.accelerator, raw)
 
     def read(self, responses: Responses) -> Reading:
         """What the reference says of this worker's responses."""
@@ -224,8 +232,7 @@ class PPOTrainer:
                     seed=self.config.run.seed,
                     temperature=self.config.rollout.temperature,
                 )
-        weighted = self.reward.weighted(scored.parts, self.part_moments)
-        return Rollout(**vars(scored), **vars(outputs), weighted=weighted)
+        return Rollout(**vars(scored), **vars(outputs), weighted=self.reward.weighted(scored.parts, self.part_moments))
 
     def advantages(self, rollout: Rollout) -> Advantages:
         """Rewards with the KL penalty, GAE, whitening over the global batch."""
@@ -257,15 +264,10 @@ class PPOTrainer:
 
     def adapt_kl_coef(self, kl: float) -> None:
         """Move the KL coefficient towards its target where the recipe asks for it."""
-        ppo = self.config.ppo
+        ppo, samples = self.config.ppo, self.config.rollout.rollout_batch_size
         if ppo.kl_adaptive:
-            self.kl_coef = adapted_kl_coef(
-                self.kl_coef,
-                kl,
-                target=ppo.kl_target,
-                horizon=ppo.kl_horizon,
-                samples=self.config.rollout.rollout_batch_size,
-            )
+            target = ppo.kl_target
+            self.kl_coef = adapted_kl_coef(self.kl_coef, kl, target=target, horizon=ppo.kl_horizon, samples=samples)
 
     def metrics(self, step: int, rollout: Rollout, advantages: Advantages, stats: UpdateStats) -> dict[str, float]:
         """All figures of a step under their public names."""

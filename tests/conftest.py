@@ -190,6 +190,18 @@ def captured(monkeypatch) -> list[int]:
 
 
 @pytest.fixture
+def recipe(tmp_path):
+    """Write a recipe and return its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "my_recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
 def terminal(monkeypatch) -> Terminal:
     """A terminal of 80 columns that can show everything."""
     monkeypatch.setenv("TERM", "xterm-256color")

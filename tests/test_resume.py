@@ -20,6 +20,7 @@ from pipeline.assembly import open_data, open_run, open_tuned
 from pipeline.errors import STATUS_FILE_VARIABLE, UserError
 from pipeline.inputs import check_same_texts
 from pipeline.models.saving import saved_step
+from pipeline.runtime import checkpoints
 from pipeline.trainer import PPOTrainer
 
 LORA = ("--use_peft", "--lora_r", "4")
@@ -229,13 +230,19 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused_by_name(start, tmp_path)
 
 
 def test_a_full_disk_warns_and_the_run_goes_on(start, tmp_path, monkeypatch):
-    def full(*_arguments):
-        raise OSError(28, "No space left on device")
+    seal = checkpoints._seal
 
-    monkeypatch.setattr("pipeline.runtime.checkpoints._seal", full)
+    def full(folder, step, accelerator):
+        if step:
+            raise OSError(28, "No space left on device")
+        seal(folder, step, accelerator)
+
+    monkeypatch.setattr(checkpoints, "_seal", full)
     code, said = start("run", "--save_every_steps", "1")
     assert code == 0 and "warning: no checkpoint could be written" in said and "No space left on device" in said
     assert len(metrics(tmp_path / "run")) == 3
+    code, said = start("stopped", "--save_every_steps", "1", stop_before=2)
+    assert code == 143 and "after 2 of 3 steps. The same command goes on from the start." in said
 
 
 def test_how_many_memory_allowed_at_the_start_is_how_many_go_on(start, tmp_path, monkeypatch):

@@ -3,16 +3,19 @@
 import json
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_interrupted import file_size_limit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline import reward_model, sft
-from pipeline.errors import UserError
+from pipeline.errors import Stopped, UserError, WriteError
 from pipeline.models.loading import ModelError
+from pipeline.supervised import newest_checkpoint
 
 SHARED = ["--per_device_train_batch_size", "8", "--save_steps", "4", "--logging_steps", "1", "--save_total_limit", "1"]
 SHARED += ["--eval_strategy", "steps", "--eval_steps", "50"]
@@ -113,3 +116,99 @@ def test_neither_or_both_of_model_path_and_model_type_are_refused(arguments_type
     for settings in ({}, {"model_path": "a", "model_type": "gpt2"}):
         with pytest.raises(ModelError, match="not both"):
             arguments_type(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        (["--max_length", "65"], "max_length=65 is more than the 64 positions the model has"),
+        (["--max_length", "1"], "max_length=1: must be"),
+        (["--num_train_epochs", "0"], "num_train_epochs=0.0: must be positive"),
+        (["--max_steps", "0"], "max_steps=0: must be positive"),
+        (["--eval_reviews", "0"], "eval_reviews=0: must be positive"),
+        (["--learning_rate", "nan"], "learning_rate=nan"),
+        (["--output_dir", "/dev/null/out"], "output_dir='/dev/null/out' cannot be written"),
+    ],
+)
+def test_sft_refuses_what_cannot_be_trained_before_training(
+    tmp_path, monkeypatch, reviews_file, tiny_lm, settings, fault
+):
+    monkeypatch.setattr(sft, "train", lambda *_: pytest.fail("it was trained"))
+    arguments = ["--model_path", tiny_lm, "--dataset", reviews_file, "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=fault):
+        run(monkeypatch, sft, *arguments, "--max_length", "32", *SHARED, *settings)
+
+
+def test_sft_without_a_length_is_refused(tmp_path, monkeypatch, tiny_lm):
+    recipe = tmp_path / "sft.yaml"
+    recipe.write_text(f"model_path: {tiny_lm}\nmax_length: null\noutput_dir: {tmp_path / 'out'}\n")
+    with pytest.raises(UserError, match="max_length=None: must be a number of tokens"):
+        run(monkeypatch, sft, "--config", str(recipe))
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        (["--max_window", "65"], "max_window=65 is more than the 64 positions"),
+        (["--token_dropout", "1"], "token_dropout=1.0: must be in"),
+        (["--model_path", "DECODER"], "is not an encoder: its tokenizer has no cls, sep, mask token"),
+        (["--num_train_epochs", "0"], "num_train_epochs=0.0: must be positive"),
+    ],
+)
+def test_the_reward_model_refuses_what_cannot_be_trained_before_training(
+    tmp_path, monkeypatch, reviews_file, tiny_classifier, tiny_lm, settings, fault
+):
+    monkeypatch.setattr(reward_model, "train", lambda *_: pytest.fail("it was trained"))
+    arguments = ["--model_path", tiny_classifier, "--datasets", reviews_file, "--output_dir", str(tmp_path / "out")]
+    settings = [tiny_lm if setting == "DECODER" else setting for setting in settings]
+    with pytest.raises(UserError, match=fault):
+        run(monkeypatch, reward_model, *arguments, "--max_window", "32", *SHARED, *settings)
+
+
+def interrupted(monkeypatch, trainer, method: str, number: int) -> None:
+    """Send a signal in the first call of a trainer's method."""
+    before = getattr(trainer, method)
+
+    def then(self, *arguments, **settings):
+        if not hasattr(self, "interrupted"):
+            self.interrupted = True
+            signal.raise_signal(number)
+        return before(self, *arguments, **settings)
+
+    monkeypatch.setattr(trainer, method, then)
+
+
+def test_sft_ends_on_a_signal_and_on_a_full_disk_with_its_checkpoints_whole(
+    tmp_path, monkeypatch, reviews_file, tiny_lm
+):
+    output = tmp_path / "lm"
+    arguments = ["--model_path", tiny_lm, "--dataset", reviews_file, "--max_length", "32", "--output_dir", str(output)]
+    arguments += ["--gradient_checkpointing", "false", "--bf16", "false", *SHARED, "--max_steps", "6"]
+    with monkeypatch.context() as patch:
+        interrupted(patch, sft.LogitsTrainer, "training_step", signal.SIGUSR1)
+        with pytest.raises(Stopped, match="Stopped by SIGUSR1 after 1 of 6 steps; the same command goes on") as stopped:
+            run(patch, sft, *arguments)
+    assert stopped.value.number == signal.SIGUSR1 and newest_checkpoint(str(output)).endswith("checkpoint-1")
+    with file_size_limit(50_000), pytest.raises(WriteError, match=f"a checkpoint in {output} could not be written"):
+        run(monkeypatch, sft, *arguments)
+    assert newest_checkpoint(str(output)).endswith("checkpoint-1"), "half of checkpoint-4 is passed over"
+    with monkeypatch.context() as patch:
+        interrupted(patch, sft.LogitsTrainer, "prediction_step", signal.SIGTERM)  # after the last step
+        with pytest.raises(Stopped, match="Stopped by SIGTERM after 6 of 6 steps"):
+            run(patch, sft, *arguments)
+    assert newest_checkpoint(str(output)).endswith("checkpoint-6")
+    assert "## Limits" not in (output / "README.md").read_text(), "TRL's own card"
+    run(monkeypatch, sft, *arguments)
+    assert "## Limits" in (output / "README.md").read_text()
+
+
+def test_the_reward_model_ends_on_a_signal_in_an_evaluation_with_a_checkpoint(
+    tmp_path, monkeypatch, reviews_file, tiny_classifier
+):
+    output = tmp_path / "classifier"
+    arguments = ["--model_path", tiny_classifier, "--datasets", reviews_file, "--output_dir", str(output)]
+    arguments += ["--max_window", "32", *SHARED, "--eval_steps", "1", "--max_steps", "3"]
+    interrupted(monkeypatch, reward_model.WholeTextTrainer, "evaluate", signal.SIGINT)
+    with pytest.raises(Stopped, match="Stopped by SIGINT after 1 of 3 steps"):
+        run(monkeypatch, reward_model, *arguments)
+    assert newest_checkpoint(str(output)).endswith("checkpoint-1")

@@ -1,17 +1,18 @@
 """A reward of several weighted components, each with its own name in the figures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.rewards.protocol import Reward, RewardError, checked, checked_measures, checked_scores
+from pipeline.rewards.protocol import Reward, RewardError, checked, checked_measures, checked_scores, short
 from pipeline.rewards.reading import Reading, ReadingReward
 from pipeline.rewards.scaling import RunningMoments
 from pipeline.rewards.terms import SENTIMENT
 
 TOTAL = "reward"  # the measure of a composed reward as a whole
+LARGEST = 1e15  # of a score: the squares that losses and gradients take of it, and their sums, must fit float32
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,26 @@ class ComposedReward:
         if moments is not None:
             raw = torch.stack([m.whitened(column) for m, column in zip(moments, raw.unbind(1), strict=True)], 1)
         return raw * raw.new_tensor([component.weight for component in self.components])
+
+    def check_size(self, raw: Tensor, text: Callable[[int], tuple[str, str]]) -> None:
+        """Refuse raw scores (n, K) whose weighted sum no update can learn from, before one is spoilt by it.
+
+        Args:
+            text: gives prompt and response of a sample.
+
+        Raises:
+            RewardError: names the component, its value and the sample.
+        """
+        weighted = self.weighted(raw.double())
+        bad = (weighted.sum(1).abs() > LARGEST).nonzero().flatten().tolist()
+        if bad:
+            which = int(weighted[bad[0]].abs().argmax())
+            prompt, response = text(bad[0])
+            raise RewardError(
+                f"the reward {self.components[which].called} is {weighted[bad[0], which].item():.3g} for prompt "
+                f"{short(prompt)!r}, response {short(response)!r}: beyond {LARGEST:g}, whose square and gradient no "
+                f"longer fit float32. Scale it to a size near 1, lower its weight, or set reward_clip."
+            )
 
     def measures(self, prompts: list[str], responses: list[str], reading: Reading | None) -> dict[str, Tensor]:
         """What an evaluation reports, each (n,): every component, the classifier's on all its scales, and the sum.

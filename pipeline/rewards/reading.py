@@ -23,6 +23,13 @@ class Reading:
         return values.sum(1) / self.mask.sum(1)
 
 
+def joined(readings: Sequence[Reading]) -> Reading:
+    """One reading of several batches of equal width, in their order."""
+    alone = None if readings[0].unprompted is None else torch.cat([reading.unprompted for reading in readings])
+    masks, logprobs = ([getattr(reading, name) for reading in readings] for name in ("mask", "logprobs"))
+    return Reading(torch.cat(masks), torch.cat(logprobs), alone)
+
+
 ReadingReward = Callable[[Reading], Tensor]  # scores (n,)
 
 

@@ -151,6 +151,13 @@ def _microbatches(responses: Responses, layout: Layout, size: int) -> Iterator[P
         yield pack(responses.tokens[part], lengths[part], responses.response_tokens.shape[1], layout)
 
 
+def sample_text(responses: Responses, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Prompt and response of one sample as text."""
+    one = Responses(*(getattr(responses, field.name)[index : index + 1] for field in fields(Responses)))
+    prompt = tokenizer.decode(one.prompt_tokens[one.prompt_mask], skip_special_tokens=True)
+    return prompt, response_texts(one, [prompt], tokenizer)[0]
+
+
 def response_texts(responses: Responses, prompt_texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What follows each prompt as text. Decoded with the prompt, since decoders may drop a leading space."""
     texts = []

@@ -103,8 +103,12 @@ def next_tokens(
     return inverse_cdf(restrict(logits, top_k=options.top_k, top_p=options.top_p).softmax(-1), uniforms)
 
 
-def sampling_noise(seed: int, step: int, count: int, shortest: int, longest: int) -> tuple[Tensor, Tensor]:
-    """A global batch's noise: uniforms (count, longest) in [0, 1), length limits (count,) in [shortest, longest]."""
+def sampling_noise(seed: int, step: int, count: int, shortest: int | None, longest: int) -> tuple[Tensor, Tensor]:
+    """A global batch's noise: uniforms (count, longest) in [0, 1), length limits (count,) in [shortest, longest].
+
+    Without `shortest` every limit is `longest`.
+    """
     uniforms = generator(seed, "sampling", step).random((count, longest), dtype="float32")
+    shortest = longest if shortest is None else shortest
     lengths = generator(seed, "response lengths", step).integers(shortest, longest + 1, count)
     return torch.from_numpy(uniforms), torch.from_numpy(lengths)

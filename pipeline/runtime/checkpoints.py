@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, disk_fault
 from pipeline.runtime.distributed import all_or_none
 from pipeline.runtime.engine import is_deepspeed, strategy
 
@@ -87,7 +87,8 @@ class Checkpoints:
                 if self.accelerator.is_main_process or not main_only:
                     action()
             except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError when the disk is full
-                raise CheckpointError(f"no checkpoint could be written into {self.directory}: {error}") from error
+                why = disk_fault(error) or " ".join(str(error).split())
+                raise CheckpointError(f"no checkpoint could be written into {self.directory}: {why}") from error
 
         all_or_none(self.accelerator, told)
 

@@ -3,15 +3,15 @@
 import dataclasses
 import shlex
 import sys
+import typing
 from collections.abc import Collection, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import NoReturn
 
-import yaml
 from trl import TrlParser
 
 from pipeline.errors import UserError
+from pipeline.runtime.recipes import read_recipe, recipe_keys
 
 PROGRAMS = ("train", "sft", "reward_model")  # that take recipes, each with its own SETTINGS
 
@@ -32,18 +32,18 @@ def parse_recipe(
     parser.set_defaults(**defaults)
     parser.error = raise_error  # argparse would print all options before the one line that matters
     if recipe is not None:
-        _check_recipe(recipe, settings_in(dataclass_types))
-        arguments = ["--config", recipe, *arguments]
+        # The parser rewrites the fields' own types, so the annotations are read afresh.
+        hints = {name: hint for kind in dataclass_types for name, hint in typing.get_type_hints(kind).items()}
+        settings = settings_in(dataclass_types)
+        _check_program(recipe, settings)
+        actions = {name: parser._option_string_actions[f"--{name}"] for name in settings}
+        parser.set_defaults(**read_recipe(recipe, actions, {name: hints[name] for name in actions}))
     try:
-        *parsed, from_recipe, from_line = parser.parse_args_and_config(
-            arguments, return_remaining_strings=True, separate_remaining_strings=True
-        )
+        *parsed, from_line = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     except UserError:
         raise
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
-    if from_recipe:
-        raise UserError(f"{recipe}: there is no setting {', '.join(from_recipe[::2]).replace('--', '')}.")
     if from_line:
         raise UserError(f"unknown on the command line: {' '.join(from_line)}. --help lists the settings.")
     return tuple(parsed[: len(dataclass_types)])
@@ -53,40 +53,32 @@ def split_recipe(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     """Take `--config PATH` or `--config=PATH` out of the arguments: (the others, PATH or None).
 
     Raises:
-        UserError: `--config` without a path.
+        UserError: `--config` without a path, or twice.
     """
-    others, recipe = [], None
+    others, recipes = [], []
     rest = iter(arguments)
     for argument in rest:
         if argument == "--config":
-            recipe = next(rest, None)
-            if recipe is None:
-                raise UserError("--config needs the path of a recipe.")
+            recipes.append(next(rest, ""))
         elif argument.startswith("--config="):
-            recipe = argument.removeprefix("--config=")
+            recipes.append(argument.removeprefix("--config="))
         else:
             others.append(argument)
-    return others, recipe
+    if "" in recipes:
+        raise UserError("--config needs the path of a recipe.")
+    if len(recipes) > 1:
+        raise UserError(f"--config is given {len(recipes)} times ({', '.join(recipes)}); name one recipe.")
+    return others, recipes[0] if recipes else None
 
 
 def settings_in(dataclass_types: Sequence[type]) -> set[str]:
     """The names that a recipe of these dataclasses may have."""
-    return {field.name for dataclass in dataclass_types for field in dataclasses.fields(dataclass)}
+    return {field.name for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
 
 
-def _check_recipe(path: str, settings: Collection[str]) -> None:
-    """Raise `UserError` where a recipe cannot be read, or is another program's."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold settings, one `name: value` a line.")
-    if "config" in content:
-        raise UserError(f"{path}: there is no setting config; one recipe cannot name another.")
-    named = set(content) - {"env"}  # environment variables, by the parser
+def _check_program(path: str, settings: Collection[str]) -> None:
+    """Raise `UserError` where a recipe is another program's."""
+    named = recipe_keys(path)
     if named <= set(settings):
         return
     for program in PROGRAMS:  # they are above this module, and imported only for this message

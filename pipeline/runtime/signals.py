@@ -3,6 +3,13 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate import Accelerator
+
+from pipeline.errors import Stopped
+from pipeline.runtime.distributed import agreed_signal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 1.0  # a launcher repeats the terminal's signal within milliseconds
@@ -33,8 +40,29 @@ class StopRequest:
     def requested(self) -> bool:
         return self.signal_number != 0
 
+    def check(self, accelerator: Accelerator) -> None:
+        """Raise `Stopped` on all workers where a signal reached any of them: collective."""
+        number = agreed_signal(accelerator, self.signal_number)
+        if number:
+            raise Stopped(number)
+
     def _handle(self, number: int, _frame: object) -> None:
         if not self.requested:
             self.signal_number, self._first = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._first > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """For a command of one process that has nothing to save: SIGINT, SIGTERM and SIGUSR1 raise `Stopped` at once."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

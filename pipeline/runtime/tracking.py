@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,16 +16,34 @@ MOST_SAMPLES = 2000  # rows of the growing table; the oldest go
 
 
 class MetricsFile:
-    """One JSON object a step, flushed at once so that a killed run keeps its history."""
+    """One JSON object a step, written at once so that a killed run keeps its history.
+
+    Lines that a full disk refuses wait in memory and are written with the next one that finds room.
+    """
 
     def __init__(self, path: Path, *, append: bool = False):
-        self._file = path.open("a" if append else "w", encoding="utf-8")
+        if not append:
+            path.write_bytes(b"")
+        self._file = path.open("ab", buffering=0)
+        self.waiting: list[bytes] = []  # lines not written yet
 
     def write(self, metrics: dict[str, float]) -> None:
+        """Add a step's line; raises `OSError` where the disk refuses it."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        json.dump(finite, self._file)
-        self._file.write("\n")
-        self._file.flush()
+        self.waiting.append(json.dumps(finite).encode() + b"\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, line by line and each whole or not at all; raises `OSError`."""
+        while self.waiting:
+            line, end, done = self.waiting[0], self._file.seek(0, os.SEEK_END), 0
+            try:
+                while done < len(line):  # a full disk takes a part first
+                    done += self._file.write(line[done:])
+            except OSError:
+                self._file.truncate(end)
+                raise
+            del self.waiting[0]
 
     def close(self) -> None:
         self._file.close()

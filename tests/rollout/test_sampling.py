@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.rollout.sampling import SamplingOptions, inverse_cdf, next_tokens, restrict
+from pipeline.config import RolloutSettings
+from pipeline.rollout.sampling import SamplingOptions, inverse_cdf, next_tokens, restrict, sampling_noise
 
 LARGEST = 1 - 2**-24  # the largest float32 below 1
 INF = float("inf")
@@ -134,3 +135,11 @@ def test_greedy_takes_the_likeliest_whatever_the_noise():
 def test_only_plain_sampling_is_pure(options):
     assert SamplingOptions(temperature=0.5).is_pure
     assert not SamplingOptions(**options).is_pure
+
+
+def test_a_length_limit_is_a_limit_unless_limits_are_asked_to_be_drawn():
+    asked = RolloutSettings(response_max_tokens=256)
+    noise, limits = sampling_noise(0, 3, 100, asked.response_min_tokens, asked.response_max_tokens)
+    assert limits.tolist() == [256] * 100
+    drawn_noise, drawn = sampling_noise(0, 3, 100, 250, 256)
+    assert set(drawn.tolist()) == set(range(250, 257)) and torch.equal(noise, drawn_noise)
