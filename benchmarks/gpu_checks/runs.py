@@ -175,4 +175,6 @@ def launch(
         end_with_children(process)
         said, _ = process.communicate()
         raise TimeoutError(f"{config} with {processes} processes hangs after {seconds:g} s:\n{said[-2000:]}") from error
+    if "ChildFailedError" in said:  # the launcher's own traceback stands at the end and says nothing
+        said = said[: said.rindex("Traceback (most recent call last)", 0, said.rindex("ChildFailedError"))]
     return process.returncode, said
