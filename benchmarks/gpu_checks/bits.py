@@ -50,7 +50,8 @@ def resumed(context: Context) -> None:
         whole = _whole(context, precision, every=1).directory
         directory = context.folder / f"{precision}_resumed"
         settings = _settings(context, precision, output_dir=directory, resume=whole / "checkpoints" / "step_000002")
-        code, said = launch("single_gpu", 1, ["-m", "pipeline.train", *settings_of_a_small_run(context, **settings)])
+        script = ["-m", "pipeline.train", *settings_of_a_small_run(context, **settings)]
+        code, said = launch("single_gpu", 1, script, seconds=context.sized(45, 150))
         context.require(f"{precision}: the resumed run ends well", code == 0)
         context.require(f"{precision}: it goes on after step 2", "after step 2" in said)
         if code:

@@ -24,8 +24,6 @@ from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.signals import StopRequest
 from pipeline.trainer import PPOTrainer
 
-LAUNCH_SECONDS = 45  # for a run of a few steps: longer is a hang
-
 
 @dataclass(frozen=True)
 class Run:
@@ -150,10 +148,10 @@ def more_steps(trainer: PPOTrainer, count: int) -> list[dict[str, float]]:
     return steps
 
 
-def launch(
-    config: str, processes: int, script: list[str], *, seconds: float = LAUNCH_SECONDS, **environment: str
-) -> tuple[int, str]:
-    """Run a script, or `-m module`, under `accelerate launch` with a shipped configuration: (exit code, what it said).
+def launch(config: str, processes: int, script: list[str], *, seconds: float, **environment: str) -> tuple[int, str]:
+    """Run `-m module …` under `accelerate launch` with a shipped configuration: (exit code, what it said).
+
+    A single process is started by itself, as `python -m module` starts it.
 
     Raises:
         TimeoutError: it was still running after `seconds`; all its processes are ended.
@@ -161,9 +159,10 @@ def launch(
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-               f"accelerate_configs/{config}.yaml", "--num_processes", str(processes), "--main_process_port", port,
-               *script]  # fmt: skip
+    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher += ["--config_file", f"accelerate_configs/{config}.yaml"]
+    launcher += ["--num_processes", str(processes), "--main_process_port", port]
+    command = [sys.executable, *(launcher if processes > 1 else []), *script]
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": str(ROOT), **environment}
     process = subprocess.Popen(

@@ -16,6 +16,7 @@ STEPS = 2
 ENDED_WITHIN = 15.0  # seconds after one worker crashed
 TRAINING_SECONDS = 45  # longer is a hang
 ONE_GPUS = 1e-3  # how far figures of the first step may be from one GPU's
+CRASH = "crash"
 LORA = {"use_peft": True, "mixed_precision": "bf16"}
 
 
@@ -63,8 +64,8 @@ def _check(context: Context, config: str) -> None:
     trainings = {"no": {}, "no_resumed": {}, "bf16": {"mixed_precision": "bf16"}, "bf16_resumed": {}, "lora": LORA}
     if context.rehearsal:
         trainings = {name: trainings[name] for name in ("no", "no_resumed")}
-    directory = context.folder / config
-    if not _launch(context, config, directory, trainings)[0]:
+    directory, last = context.folder / config, {CRASH: {}} if config == "multi_gpu" else {}
+    if not _launch(context, config, directory, trainings | last):
         return
     _compare(context, "no, beside one GPU", alone, directory / "no", slice(0, 1), ONE_GPUS)
     for name in trainings:
@@ -78,12 +79,10 @@ def _check(context: Context, config: str) -> None:
             _compare(context, f"{name}, beside the whole run", directory / of, directory / name, slice(0, STEPS), 1e-4)
 
 
-def _launch(
-    context: Context, config: str, directory: Path, trainings: dict[str, dict], *, crashes: bool = False
-) -> tuple[bool, str]:
+def _launch(context: Context, config: str, directory: Path, trainings: dict[str, dict]) -> bool:
     """Run the trainings, each with a checkpoint a step; one named …_resumed goes on from the other's first step.
 
-    Gives whether all ended well, which is required unless one worker `crashes`, and what they said.
+    In one named `CRASH`, which is the last, a worker crashes. Gives whether all others ended well.
     """
     directory.mkdir()
     plan = []
@@ -99,19 +98,21 @@ def _launch(
         settings |= trainings[of] | changed | {"output_dir": directory / name / "run"}
         if of != name:
             settings["resume"] = directory / of / "run" / "checkpoints" / "step_000001"
-        plan.append({"name": name, "settings": settings_of_a_small_run(context, **settings), "crashes": crashes})
+        plan.append({"name": name, "settings": settings_of_a_small_run(context, **settings), "crashes": name == CRASH})
     seconds = context.sized(TRAINING_SECONDS, 150)
     (directory / "plan.json").write_text(json.dumps({"seconds": seconds, "trainings": plan}))
     script = ["-m", "benchmarks.gpu_checks.strategy_run", str(directory), str(directory / "plan.json")]
     code, said = launch(
         context.sized(config, "cpu"), workers(context), script, seconds=seconds * (1 + len(plan)), NCCL_DEBUG="WARN"
     )
-    context.measure(said=said[-2500:])
+    (directory / "ended.json").write_text(json.dumps([time.time(), said]))
+    crashes = CRASH in trainings
     codes = [path.read_text() for path in sorted(directory.glob("*/code_*"))]
-    well = code == 0 and codes == ["0"] * (len(plan) * workers(context))
-    if not crashes:
-        context.require("all trainings of all workers end well", well)
-    return well, said
+    well = (code == 0) is not crashes and codes == ["0"] * (len(plan) - crashes) * workers(context)
+    if not well:
+        context.measure(said=said[-2500:])
+    context.require("all trainings of all workers end well", well)
+    return well
 
 
 def _look_at(context: Context, name: str, folder: Path, *, lora: bool) -> None:
@@ -165,7 +166,7 @@ def shard_reference(context: Context) -> None:
     alone, directory = context.folder / "alone", context.folder / "shard_reference"
     if not alone.exists():
         train_here(context, "alone", steps=STEPS)
-    if _launch(context, "zero3", directory, {"no": {"shard_reference": True}})[0]:
+    if _launch(context, "zero3", directory, {"no": {"shard_reference": True}}):
         _compare(context, "beside one GPU", alone, directory / "no", slice(0, 1), ONE_GPUS)
 
 
@@ -173,10 +174,11 @@ def crash_of_one_worker(context: Context) -> None:
     """A worker that crashes ends them all, soon and by name."""
     if not workers(context):
         return
-    directory = context.folder / "crash"
-    _well, said = _launch(context, "multi_gpu", directory, {"no": {}}, crashes=True)
-    ended = time.time()
-    crashed_at = directory / "no" / "crashed_at"
+    directory = context.folder / "multi_gpu"
+    if not directory.exists():  # where multi_gpu was run, its last training crashed
+        _launch(context, "multi_gpu", directory, {CRASH: {}})
+    ended, said = json.loads((directory / "ended.json").read_text())
+    crashed_at = directory / CRASH / "crashed_at"
     context.require("it crashed", crashed_at.is_file())
     if crashed_at.is_file():
         seconds = ended - float(crashed_at.read_text())

@@ -9,6 +9,7 @@ import argparse
 import gc
 import importlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -35,7 +36,8 @@ def main() -> None:
         for check in arguments.checks:
             name, function = check.split(":")
             module = importlib.import_module(name)
-            tell(check=check, began=True)
+            sys.stdout.flush()
+            tell(check=check, log_bytes=os.fstat(sys.stdout.fileno()).st_size)  # where in the log it begins
             context, start, error = Context(Path(folder), rehearsal=arguments.rehearse), time.monotonic(), None
             try:
                 getattr(module, function)(context)
