@@ -78,16 +78,16 @@ def _run(checks: Sequence[Check], *, rehearse: bool, output: Path | None) -> int
 
     found: dict[str, Result] = {}
     begin = time.monotonic()
-    told = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "rehearsal": rehearse, **environment()}
+    header = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "rehearsal": rehearse, **environment()}
     for name in ("started", "ended", "outcome", "workers", "nodes"):  # of a training
-        told.pop(name, None)
+        header.pop(name, None)
 
     def report(check: Check, result: Result) -> None:
         found[check.name] = result
         print(_line(check.name, result), flush=True)
         if output is not None:
             summary = {"passed": _passed(found), "seconds": round(time.monotonic() - begin, 1)}
-            output.write_text(json.dumps({**told, **summary, "checks": found}, indent=1) + "\n", encoding="utf-8")
+            output.write_text(json.dumps({**header, **summary, "checks": found}, indent=1) + "\n", encoding="utf-8")
 
     run_checks(checks, rehearse=rehearse, report=report)
     counts: dict[str, int] = {}

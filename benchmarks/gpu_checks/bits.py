@@ -51,10 +51,10 @@ def resumed(context: Context) -> None:
         directory = context.folder / f"{precision}_resumed"
         settings = _settings(context, precision, output_dir=directory, resume=whole / "checkpoints" / "step_000002")
         script = ["-m", "pipeline.train", *settings_of_a_small_run(context, **settings)]
-        code, said = launch("single_gpu", 1, script, seconds=context.sized(45, 150))
+        code, output = launch("single_gpu", 1, script, seconds=context.sized(45, 150))
         context.require(f"{precision}: the resumed run ends well", code == 0)
-        context.require(f"{precision}: it goes on after step 2", "after step 2" in said)
+        context.require(f"{precision}: it goes on after step 2", "after step 2" in output)
         if code:
-            context.measure(**{f"said, {precision}": said[-1500:]})
+            context.measure(**{f"output, {precision}": output[-1500:]})
         else:
             _require_same(context, whole, directory, precision)

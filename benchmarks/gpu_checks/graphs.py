@@ -30,7 +30,7 @@ def lora(context: Context) -> None:
     model = add_lora(_random(context, _gpt2_config(context)), LoraSettings(8, 16, ["c_attn", "c_proj", "c_fc"], 0))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # zero at first, when the adapter says nothing
+            if "lora_B" in name:  # zero at first, when the adapter changes nothing
                 parameter.normal_(std=0.05)
     _check(context, model)
 
@@ -72,7 +72,7 @@ class _Sampler:
         self.prompt, self.response = context.sized((8, 24), (4, 6))
 
     def sample(self, precision: str, *, by_graph: bool, keep: bool = False) -> tuple[Responses, PolicyOutputs | None]:
-        """Responses; with `keep` what the policy says of them as well."""
+        """Responses; with `keep` the policy's log-probs and values of them as well."""
         noise = torch.Generator().manual_seed(1)
         tokens = torch.randint(1, 300, (self.count, self.prompt), generator=noise)
         starts = torch.randint(0, self.prompt, (self.count, 1), generator=noise)
@@ -98,7 +98,7 @@ class _Sampler:
             self.context.require_below("log-probs beside a forward's", error, 1e-4, where=f"{precision} {when}")
         return looped.response_tokens
 
-    def read_reference(self, reference: Reference, precision: str) -> None:
+    def compute_reference(self, reference: Reference, precision: str) -> None:
         """A forward of the reference; of an adapted model with its adapter off."""
         tokens = torch.randint(1, 300, (4, 12), device=self.context.device)
         with self._autocast(precision):
@@ -119,13 +119,13 @@ def _check(context: Context, model: nn.Module) -> None:
         sampler, keep = _Sampler(context, policy, graphs), precision == "no"
         first = sampler.compare(precision, "at first", keep=keep)
         _optimizer_step(policy, optimizer, context.device)
-        second = sampler.compare(precision, "after an optimiser step", keep=keep)
-        context.require(f"{precision}: the optimiser step changed the tokens", not torch.equal(first, second))
+        second = sampler.compare(precision, "after an optimizer step", keep=keep)
+        context.require(f"{precision}: the optimizer step changed the tokens", not torch.equal(first, second))
         restore_trained(policy, start)
         again = sampler.compare(precision, "after loading weights", keep=keep)
         context.require(f"{precision}: the loaded weights' tokens are the first's", torch.equal(first, again))
-        sampler.read_reference(reference, precision)
-        sampler.compare(precision, "after the reference was read", keep=keep)
+        sampler.compute_reference(reference, precision)
+        sampler.compare(precision, "after the reference ran", keep=keep)
         other = "bf16" if precision == "no" else "no"
         sampler.compare(other, f"between two rollouts in {precision}")
         sampler.compare(precision, f"after a rollout in {other}", keep=keep)

@@ -73,7 +73,7 @@ def launcher(context: Context) -> None:
     done = subprocess.run(
         ["./launch.sh", "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50
     )
-    context.measure(said=(done.stdout + done.stderr).strip())
+    context.measure(output=(done.stdout + done.stderr).strip())
     context.require("launch.sh --dry-run ends well", done.returncode == 0)
     words = shlex.split(done.stdout)
     options = {name: words[words.index(name) + 1] for name in ("--num_processes", "--mixed_precision") if name in words}

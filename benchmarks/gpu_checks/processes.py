@@ -42,9 +42,9 @@ def _run_worker(checks: Sequence[Check], *, rehearse: bool, report: Callable[[Ch
         done.append(result)
 
     with tempfile.TemporaryDirectory() as folder:
-        told, log = Path(folder) / "report.jsonl", Path(folder) / "log"
-        told.touch()
-        command = [sys.executable, "-m", "benchmarks.gpu_checks.worker", str(told)]
+        progress, log = Path(folder) / "report.jsonl", Path(folder) / "log"
+        progress.touch()
+        command = [sys.executable, "-m", "benchmarks.gpu_checks.worker", str(progress)]
         command += [f"{check.module}:{check.function}" for check in checks]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         if rehearse:
@@ -56,7 +56,7 @@ def _run_worker(checks: Sequence[Check], *, rehearse: bool, report: Callable[[Ch
         try:
             while len(done) < len(checks):
                 ended = worker.poll() is not None
-                lines = told.read_text(encoding="utf-8").split("\n")[:-1]
+                lines = progress.read_text(encoding="utf-8").split("\n")[:-1]
                 for line in lines[read:]:
                     entry = json.loads(line)
                     start, extra = time.monotonic(), 0
@@ -69,7 +69,7 @@ def _run_worker(checks: Sequence[Check], *, rehearse: bool, report: Callable[[Ch
                 if len(done) == len(checks):
                     break
                 if ended:
-                    if not done or done[-1]["status"] != "crashed":  # that it told before it ended
+                    if not done or done[-1]["status"] != "crashed":  # it wrote that itself before it ended
                         add(_without_result("crashed", seconds, f"exit code {worker.returncode}", log, log_start))
                     break
                 limit = checks[len(done)].seconds * (SLACK_ON_CPU if rehearse else 1)

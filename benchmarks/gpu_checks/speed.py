@@ -160,10 +160,10 @@ def data_parallel(context: Context) -> None:
         directory = context.folder / f"parallel_{count}"
         settings = recipe_shapes(context) | {"microbatch_size": 128, "steps": 5, "profile": 5, "output_dir": directory}
         script = ["-m", "pipeline.train", *settings_of_a_small_run(context, **settings)]
-        code, said = launch("single_gpu" if count == 1 else "multi_gpu", count, script, seconds=90)
+        code, output = launch("single_gpu" if count == 1 else "multi_gpu", count, script, seconds=90)
         context.require(f"{count} GPUs: it ends well", code == 0)
         if code:
-            context.measure(**{f"said, {count} GPUs": said[-1500:]})
+            context.measure(**{f"output, {count} GPUs": output[-1500:]})
             continue
         steps = read_steps(directory)[1:4]
         step, update = (statistics.median(s[f"time/{name}_seconds"] for s in steps) for name in ("step", "update"))

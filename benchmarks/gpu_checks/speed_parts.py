@@ -1,4 +1,4 @@
-"""Times of the parts a step is made of, apart from it."""
+"""Times of single operations of a step, each by itself."""
 
 import copy
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def decoding(context: Context) -> None:
     repeats = context.sized(10, 1)
     for name, action in (("graph", lambda: decode(graphs)), ("loop", lambda: decode(None)), ("generate", generate)):
         spent = median_seconds(context.device, action, repeats)
-        context.measure(**{f"microseconds a token, {name}": 1e6 * spent / response})
+        context.measure(**{f"microseconds per token, {name}": 1e6 * spent / response})
     context.require(f"no capture failed ({graphs.failure})", graphs.failure is None)
     context.on_gpu("the graph's time: the plain loop stands for it")
 

@@ -1,4 +1,4 @@
-"""Each way to share a training out over several GPUs: it ends, it does what one GPU does, it resumes and saves."""
+"""Each strategy of several GPUs: it ends, it computes what one GPU does, it resumes and saves."""
 
 import json
 import time
@@ -53,6 +53,11 @@ def workers(context: Context) -> int:
     return min(8, 2 ** (count.bit_length() - 1))
 
 
+def _part(context: Context) -> int:
+    """Sequences per forward of a rollout, for any number of workers: another shape rounds, and so draws, otherwise."""
+    return context.sized(16, 2)
+
+
 def _check(context: Context, config: str) -> None:
     if config != "multi_gpu" and not context.on_gpu(f"{config}: it differs from multi_gpu in its configuration alone"):
         return
@@ -60,7 +65,7 @@ def _check(context: Context, config: str) -> None:
         return
     alone = context.folder / "alone"
     if not alone.exists():
-        train_here(context, "alone", steps=STEPS)
+        train_here(context, "alone", steps=STEPS, rollout_microbatch_size=_part(context))
     trainings = {"no": {}, "no_resumed": {}, "bf16": {"mixed_precision": "bf16"}, "bf16_resumed": {}, "lora": LORA}
     if context.rehearsal:
         trainings = {name: trainings[name] for name in ("no", "no_resumed")}
@@ -80,7 +85,7 @@ def _check(context: Context, config: str) -> None:
 
 
 def _launch(context: Context, config: str, directory: Path, trainings: dict[str, dict]) -> bool:
-    """Run the trainings, each with a checkpoint a step; one named …_resumed goes on from the other's first step.
+    """Run the trainings, with a checkpoint after each step; one named …_resumed goes on from the other's first step.
 
     In one named `CRASH`, which is the last, a worker crashes. Gives whether all others ended well.
     """
@@ -94,6 +99,7 @@ def _launch(context: Context, config: str, directory: Path, trainings: dict[str,
             "keep_last": STEPS + 1,
             "evaluation_prompts": 16,
             "quiet": True,
+            "rollout_microbatch_size": _part(context),
         }
         settings |= trainings[of] | changed | {"output_dir": directory / name / "run"}
         if of != name:
@@ -102,15 +108,15 @@ def _launch(context: Context, config: str, directory: Path, trainings: dict[str,
     seconds = context.sized(TRAINING_SECONDS, 150)
     (directory / "plan.json").write_text(json.dumps({"seconds": seconds, "trainings": plan}))
     script = ["-m", "benchmarks.gpu_checks.strategy_run", str(directory), str(directory / "plan.json")]
-    code, said = launch(
+    code, output = launch(
         context.sized(config, "cpu"), workers(context), script, seconds=seconds * (1 + len(plan)), NCCL_DEBUG="WARN"
     )
-    (directory / "ended.json").write_text(json.dumps([time.time(), said]))
+    (directory / "ended.json").write_text(json.dumps([time.time(), output]))
     crashes = CRASH in trainings
     codes = [path.read_text() for path in sorted(directory.glob("*/code_*"))]
     well = (code == 0) is not crashes and codes == ["0"] * (len(plan) - crashes) * workers(context)
     if not well:
-        context.measure(said=said[-2500:])
+        context.measure(output=output[-2500:])
     context.require("all trainings of all workers end well", well)
     return well
 
@@ -160,12 +166,12 @@ def _compare(context: Context, what: str, expected: Path, found: Path, rows: sli
 
 
 def shard_reference(context: Context) -> None:
-    """A reference that is shared out as well, under ZeRO-3."""
+    """A reference that is sharded as well, under ZeRO-3."""
     if not context.on_gpu("shard_reference: DeepSpeed's sharding on GPUs") or not workers(context):
         return
     alone, directory = context.folder / "alone", context.folder / "shard_reference"
     if not alone.exists():
-        train_here(context, "alone", steps=STEPS)
+        train_here(context, "alone", steps=STEPS, rollout_microbatch_size=_part(context))
     if _launch(context, "zero3", directory, {"no": {"shard_reference": True}}):
         _compare(context, "beside one GPU", alone, directory / "no", slice(0, 1), ONE_GPUS)
 
@@ -177,10 +183,10 @@ def crash_of_one_worker(context: Context) -> None:
     directory = context.folder / "multi_gpu"
     if not directory.exists():  # where multi_gpu was run, its last training crashed
         _launch(context, "multi_gpu", directory, {CRASH: {}})
-    ended, said = json.loads((directory / "ended.json").read_text())
+    ended, output = json.loads((directory / "ended.json").read_text())
     crashed_at = directory / CRASH / "crashed_at"
     context.require("it crashed", crashed_at.is_file())
     if crashed_at.is_file():
         seconds = ended - float(crashed_at.read_text())
         context.require_below("seconds until all had ended", seconds, context.sized(ENDED_WITHIN, 60.0))
-    context.require("it says which worker and why", "worker 1 of" in said and "ZeroDivisionError" in said)
+    context.require("it names the worker and why", "worker 1 of" in output and "ZeroDivisionError" in output)

@@ -16,7 +16,7 @@ from benchmarks.gpu_checks.runs import more_steps, trainer_in_hand
 from pipeline.rollout.decoding import DecodeGraphs
 from pipeline.trainer import PPOTrainer
 
-TOLD = "synchronizing CUDA operation"  # in what PyTorch's debug mode says
+SYNC_WARNING = "synchronizing CUDA operation"  # in what PyTorch's debug mode warns
 MOST_IN_A_STEP = 12  # of one epoch, one part of the rollout and one microbatch for each minibatch, up to 16 tokens
 
 
@@ -69,7 +69,7 @@ def _place_of_wait(action: Callable[[], object]) -> str | None:
     try:
         action()
     except RuntimeError as error:
-        if TOLD not in str(error):
+        if SYNC_WARNING not in str(error):
             raise
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
         return f"{frames[-1].filename}:{frames[-1].lineno}"
@@ -77,7 +77,7 @@ def _place_of_wait(action: Callable[[], object]) -> str | None:
 
 
 class _MinibatchGuard:
-    """Makes waiting an error from the first microbatch's forward to the last of `expected` optimiser steps."""
+    """Makes waiting an error from the first microbatch's forward to the last of `expected` optimizer steps."""
 
     def __init__(self, context: Context, expected: int):
         self.watching, self.context, self.expected, self.steps = contextlib.ExitStack(), context, expected, 0
@@ -88,14 +88,14 @@ class _MinibatchGuard:
             self.watching.enter_context(_debug_mode(self.context, "error"))
 
     def stepped(self, *_arguments: object) -> None:
-        """After an optimiser step."""
+        """After an optimizer step."""
         self.steps += 1
         if self.steps == self.expected:
             self.watching.close()
 
 
 def minibatch_loop(context: Context) -> None:
-    """From the first microbatch's forward to the last optimiser step."""
+    """From the first microbatch's forward to the last optimizer step."""
     context.on_gpu("PyTorch's debug mode for synchronizations")
     for precision in ("no", "bf16"):
         with trainer_in_hand(context, mixed_precision=precision, kl_early_stop="null") as trainer:
@@ -106,7 +106,7 @@ def minibatch_loop(context: Context) -> None:
             getattr(trainer.optimizer, "optimizer", trainer.optimizer).register_step_post_hook(guard.stepped)
             with guard.watching:
                 where = _place_of_wait(lambda trainer=trainer: more_steps(trainer, 1))
-            context.measure(**{f"optimiser steps, {precision}": guard.steps})
+            context.measure(**{f"optimizer steps, {precision}": guard.steps})
             context.require(f"no wait in the minibatches, {precision} ({where})", where is None)
             context.require(f"all minibatches were watched, {precision}", guard.steps == guard.expected)
 
@@ -121,7 +121,7 @@ def whole_step(context: Context) -> None:
         with trainer_in_hand(context, mixed_precision=precision, **settings) as trainer:
             more_steps(trainer, 1)
             waits = _waits(context, trainer)
-        counted = [place for place, in_main in waits if in_main and not _is_told_apart(place)]
+        counted = [place for place, in_main in waits if in_main and not _is_expected(place)]
         context.measure(**{f"places, {precision}": dict(Counter(place for place, _in_main in waits).most_common())})
         context.measure(**{f"waits, {precision}": len(counted)})
         context.require(f"at most {MOST_IN_A_STEP} waits, {precision}", len(counted) <= MOST_IN_A_STEP)
@@ -132,7 +132,7 @@ def _waits(context: Context, trainer: PPOTrainer) -> list[tuple[str, bool]]:
     waits: list[tuple[str, bool]] = []
 
     def note(message: Warning, _category: type, filename: str, line: int, *_more: object) -> None:
-        if TOLD in str(message):
+        if SYNC_WARNING in str(message):
             place = f"{Path(filename).name}:{line}: {linecache.getline(filename, line).strip()}"
             waits.append((place, threading.current_thread() is threading.main_thread()))
 
@@ -144,6 +144,6 @@ def _waits(context: Context, trainer: PPOTrainer) -> list[tuple[str, bool]]:
     return waits
 
 
-def _is_told_apart(place: str) -> bool:
+def _is_expected(place: str) -> bool:
     """Whether it is a copy to the device, which waits for nothing but itself, or one of the figures of a step."""
     return ".to(" in place or place.startswith("metrics.py:")

@@ -41,7 +41,11 @@ def profiled_events(device: str | torch.device, action: Callable[[], object]) ->
 def device_work(device: str | torch.device, events: Sequence) -> list[tuple[str, float, float]]:
     """(name, start, end) in seconds of the kernels and copies on a GPU; of the operations, on a CPU."""
     wanted = torch.autograd.DeviceType.CUDA if torch.device(device).type == "cuda" else torch.autograd.DeviceType.CPU
-    return [(e.name, e.time_range.start / 1e6, e.time_range.end / 1e6) for e in events if e.device_type == wanted]
+    return [
+        (event.name, event.time_range.start / 1e6, event.time_range.end / 1e6)
+        for event in events
+        if event.device_type == wanted and not event.is_user_annotation  # a name for a span is no work
+    ]
 
 
 def busy_seconds(work: Sequence[tuple[str, float, float]]) -> float:

@@ -11,7 +11,7 @@ from benchmarks.gpu_checks.context import Context
 from benchmarks.gpu_checks.runs import Run, train_here
 from benchmarks.gpu_checks.timing import busy_seconds
 
-# Largest |ratio - 1| before any update, by precision. In bf16 the logits are the same and the normaliser is rounded in
+# Largest |ratio - 1| before any update, by precision. In bf16 the logits are the same and the normalizer is rounded in
 # float32; a compiled forward rounds otherwise than the one without gradient.
 DEVIATION = {"no": 1e-4, "bf16": 1e-5, "fp16": 1e-3}
 DEVIATION_COMPILED = 0.1
@@ -78,7 +78,7 @@ def _train(context: Context, precision: str, *, limit: float | None = None, **se
     context.require_below("first ratio's deviation", deviation, DEVIATION[precision] if limit is None else limit)
     finite = all(isinstance(v, int | float) and math.isfinite(v) for step in run.steps for v in step.values())
     context.require("all figures are finite", finite)
-    context.require(f"it says that it ran on {context.device}", f"1 worker on {context.device} " in run.said)
+    context.require(f"its output names {context.device}", f"1 worker on {context.device} " in run.output)
     part = json.loads((run.directory / "environment.json").read_text())["parts"][-1]
     context.require(f"its environment is {context.device}", part["device"] == context.device)
     if context.on_gpu("the GPU's name in the report"):
@@ -95,16 +95,17 @@ def slow_reward(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def reward_overlaps(context: Context) -> None:
-    """The reward scores while the reference reads: less than its time is waited for."""
+    """The reward scores in the background, while the reference's log-probs are computed: not all its time is waited for.
+
+    The reference takes a few samples at a time, which lasts longer than to make texts of the responses.
+    """
     _in_main_thread.clear()
-    reward = f"{__name__}:slow_reward"
-    run = train_here(
-        context, "overlap", reward=reward, mixed_precision="bf16", rollout_batch_size=context.sized(512, 8)
-    )
+    reward, few = f"{__name__}:slow_reward", context.sized(4, 2)
+    run = train_here(context, "overlap", reward=reward, mixed_precision="bf16", rollout_microbatch_size=few)
     waited = [step["time/score_seconds"] for step in run.steps]
     context.measure(score_seconds=waited, reference_seconds=[step["time/reference_seconds"] for step in run.steps])
     context.require("the reward was asked in every step", len(_in_main_thread) >= len(run.steps))
-    if context.on_gpu("the overlap: a CPU scores after the reference has read"):
+    if context.on_gpu("the overlap: a CPU scores after the reference has run"):
         asked = _in_main_thread[-len(run.steps) :]
         context.require("it was asked in a thread of its own", not any(asked))
         context.require(f"all steps waited for less than {REWARD_SECONDS} s", max(waited) < REWARD_SECONDS)

@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with arguments.report.open("a", encoding="utf-8") as report, tempfile.TemporaryDirectory() as folder:
 
-        def tell(**entry: object) -> None:
+        def write(**entry: object) -> None:
             report.write(json.dumps(entry) + "\n")
             report.flush()
 
@@ -37,13 +37,13 @@ def main() -> None:
             name, function = check.split(":")
             module = importlib.import_module(name)
             sys.stdout.flush()
-            tell(check=check, log_bytes=os.fstat(sys.stdout.fileno()).st_size)  # where in the log it begins
+            write(check=check, log_bytes=os.fstat(sys.stdout.fileno()).st_size)  # where in the log it begins
             context, start, error = Context(Path(folder), rehearsal=arguments.rehearse), time.monotonic(), None
             try:
                 getattr(module, function)(context)
             except Exception:
                 error = "\n".join(traceback.format_exc().splitlines()[-ERROR_LINES:])
-            tell(check=check, result=context.result(time.monotonic() - start, error))
+            write(check=check, result=context.result(time.monotonic() - start, error))
             if error is not None:
                 sys.exit(1)
             clear()
