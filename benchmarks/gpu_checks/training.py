@@ -95,7 +95,7 @@ def slow_reward(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def reward_overlaps(context: Context) -> None:
-    """The reward scores in the background, while the reference's log-probs are computed: not all its time is waited for.
+    """The reward scores in the background while the reference's log-probs are computed.
 
     The reference takes a few samples at a time, which lasts longer than to make texts of the responses.
     """
