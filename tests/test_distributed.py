@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import SHAPES, random_causal_lm
 from launching import launch, metrics, run_here
 from peft import PeftModel
 from recorded_run import PROBE
@@ -92,11 +93,16 @@ def test_recomputed_blocks_under_zero3_follow_the_same_run(tmp_path, tiny_recipe
 
 
 def test_a_sharded_policy_and_reference_with_heads_of_their_own_say_what_replicated_ones_do(
-    tmp_path, tiny_recipe, untied_lm
+    tmp_path, tiny_recipe, tokenizer, monkeypatch
 ):
-    # GPT-2's head is its embedding, which the forward has gathered already when it comes to the head.
-    alone = recorded(tmp_path / "alone", tiny_recipe, 1, "--model_path", untied_lm)
-    options = ("--model_path", untied_lm, "--shard_reference", "true")
+    # GPT-2's head is its embedding, which the forward has gathered already when it comes to the head. Wide enough to
+    # be shared out: DeepSpeed leaves weights of less than 100,000 numbers where they are.
+    monkeypatch.setitem(SHAPES, "llama", SHAPES["llama"].replace("intermediate_size=64", "intermediate_size=4096"))
+    model = str(tmp_path / "llama")
+    random_causal_lm("llama", tokenizer).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    alone = recorded(tmp_path / "alone", tiny_recipe, 1, "--model_path", model)
+    options = ("--model_path", model, "--shard_reference", "true")
     shared = recorded(tmp_path / "shared", tiny_recipe, 2, *options, config="zero3")
     for step, (one, two) in enumerate(
         zip(torch.load(alone / "rank0.pt"), torch.load(shared / "rank1.pt"), strict=True)

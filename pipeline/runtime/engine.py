@@ -197,7 +197,8 @@ def shard_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     engine, *_ = deepspeed.initialize(model=model, config=settings)
-    return engine.eval()
+    engine.eval()  # which, unlike a module's, gives nothing
+    return engine
 
 
 @contextlib.contextmanager
