@@ -71,8 +71,8 @@ def test_texts_whose_likelihood_is_read_begin_with_bos_once_too(tokenizer, bos_t
 
 def test_a_text_for_fine_tuning_begins_with_bos_once_and_ends_with_eos(bos_tokenizer):
     whole, bos, eos = bos_tokenizer("the film was great").input_ids, bos_tokenizer.bos_token_id, 0
-    assert chunk_reviews(["the film was great"], bos_tokenizer, 64)["input_ids"] == [[*whole, eos]]
-    first, second, *_ = chunk_reviews(["the film was great " * 4], bos_tokenizer, 4)["input_ids"]
+    assert chunk_reviews(["the film was great"], bos_tokenizer, 64)[0]["input_ids"] == [[*whole, eos]]
+    first, second, *_ = chunk_reviews(["the film was great " * 4], bos_tokenizer, 4)[0]["input_ids"]
     assert first[0] == bos and bos not in [*first[1:], *second]
 
 
