@@ -56,7 +56,14 @@ from pipeline.run_directory import (
 )
 from pipeline.runtime.checkpoints import Checkpoints, check_topology, newest_whole
 from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
-from pipeline.runtime.engine import check_can_compile, check_can_shard_reference, gathered, precision, strategy
+from pipeline.runtime.engine import (
+    check_can_compile,
+    check_can_shard_reference,
+    full_state_dict,
+    gathered,
+    precision,
+    strategy,
+)
 from pipeline.runtime.signals import StopRequest
 from pipeline.trainer import PPOTrainer
 
@@ -163,9 +170,12 @@ def run(
         good = trainer.guards.content or not config.run.save_every_steps  # else one from before the bad steps is there
         if good:
             keep(now=True)
-    with gathered(trainer.engine):
-        if accelerator.is_main_process:
-            save_policy(parts.policy, data.tokenizer, config.output_dir, config.rollout, step=trainer.finished)
+    weights = full_state_dict(accelerator, trainer.engine)
+    if accelerator.is_main_process:
+        save_policy(
+            parts.policy, data.tokenizer, config.output_dir, config.rollout, step=trainer.finished, weights=weights
+        )
+    del weights
     console.say(f"The model is saved in {config.output_dir}")
     if failure is not None:
         return failure

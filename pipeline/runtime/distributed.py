@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import OtherWorkerError, UserError
 from pipeline.runtime.engine import adopt_deepspeed
+from pipeline.runtime.fsdp import adopt_fsdp
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
         mixed_precision: no, bf16 or fp16; None is what the launcher says.
 
     Raises:
-        EngineError: see `adopt_deepspeed`.
+        EngineError: see `adopt_deepspeed` and `adopt_fsdp`.
         RuntimeError: not as many processes joined as launch.sh, or else the launcher, asked for.
     """
     on_cpu = not torch.cuda.is_available()
@@ -48,6 +49,7 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
         kwargs_handlers=[group] if launched > 1 or uses_deepspeed else [],
     )
     adopt_deepspeed(accelerator)
+    adopt_fsdp(accelerator)
     if accelerator.num_processes != launched:
         raise RuntimeError(
             f"{launched} processes were launched, but this one sees {accelerator.num_processes}: check "
