@@ -63,6 +63,7 @@ from pipeline.runtime.engine import (
     gathered,
     precision,
     strategy,
+    trained_numbers,
 )
 from pipeline.runtime.signals import StopRequest
 from pipeline.trainer import PPOTrainer
@@ -129,9 +130,11 @@ def prepare(config: Config, accelerator: Accelerator, start: Start) -> tuple[Dat
         check_can_compile(accelerator)
     data = open_data(config)
     parts = build_parts(config, data, accelerator.device)
-    trainable = sum(p.numel() for p in parts.policy.parameters() if p.requires_grad)
+    trainable = trained_numbers(parts.policy)
     if config.run.save_every_steps:
-        check_disk(config.output_dir, trainable, config.run.keep_last)
+        all_written = strategy(accelerator) == "fsdp2"
+        frozen = sum(p.numel() for p in parts.policy.parameters() if all_written and not p.requires_grad)
+        check_disk(config.output_dir, trainable, config.run.keep_last, frozen=frozen)
     return data, parts
 
 
@@ -221,7 +224,7 @@ def outcome(trainer: PPOTrainer, failure: UserError | None) -> str:
 
 def describe(config: Config, data: Data, parts: Parts, accelerator: Accelerator) -> str:
     """What this run is and how the work is shared."""
-    trainable = sum(p.numel() for p in parts.policy.parameters() if p.requires_grad)
+    trainable = trained_numbers(parts.policy)
     workers, ppo = accelerator.num_processes, config.ppo
     return (
         f"{config.model.model_path}: {trainable / 1e6:.2f} M trainable parameters"

@@ -268,6 +268,11 @@ def gathered(engine: nn.Module) -> Iterator[None]:
         yield
 
 
+def trained_numbers(module: nn.Module) -> int:
+    """How many numbers are trained, over all workers; ZeRO-3 leaves none in the parameters themselves."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
+
+
 def full_state_dict(accelerator: Accelerator, engine: nn.Module) -> dict[str, Tensor]:
     """All of the policy's weights, whole, by name, for rank zero to save; other workers may get none. Collective.
 
