@@ -188,13 +188,14 @@ def check_shared(directory: Path) -> None:
         )
 
 
-def check_disk(directory: Path, trainable: int, keep_last: int) -> None:
+def check_disk(directory: Path, trainable: int, keep_last: int, *, frozen: int = 0) -> None:
     """Raise `ConfigError` unless the checkpoints of `trainable` float32 weights fit on the disk.
 
-    A checkpoint holds the weights and Adam's two moments; one more than `keep_last` stands there while it is written.
+    A checkpoint holds these weights with Adam's two moments, and the `frozen` ones that the strategy writes too; one
+    more than `keep_last` stands there while it is written.
     """
     there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
-    needed, free = trainable * 4 * 3 * (keep_last + 1), shutil.disk_usage(there).free
+    needed, free = 4 * (3 * trainable + frozen) * (keep_last + 1), shutil.disk_usage(there).free
     if needed > free:
         raise ConfigError(
             f"keep_last={keep_last} checkpoints and the one being written take {needed / 1e9:.1f} GB, and {there} has "

@@ -60,7 +60,15 @@ from pipeline.run_directory import (
 )
 from pipeline.runtime.checkpoints import CheckpointError, Checkpoints, check_topology
 from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
-from pipeline.runtime.engine import check_can_compile, check_can_shard_reference, gathered, precision, strategy
+from pipeline.runtime.engine import (
+    check_can_compile,
+    check_can_shard_reference,
+    full_state_dict,
+    gathered,
+    precision,
+    strategy,
+    trained_numbers,
+)
 from pipeline.runtime.signals import StopRequest
 from pipeline.trainer import PPOTrainer
 
@@ -131,9 +139,11 @@ def prepare(config: Config, accelerator: Accelerator, start: Start) -> tuple[Dat
     if start.checkpoint is not None and accelerator.is_main_process:
         check_same_inputs(start.checkpoint, config, data.training, data.held_out)
     parts = build_parts(config, data, accelerator.device)
-    trainable = sum(p.numel() for p in parts.policy.parameters() if p.requires_grad)
+    trainable = trained_numbers(parts.policy)
     if config.run.save_every_steps:
-        check_disk(config.output_dir, trainable, config.run.keep_last)
+        all_written = strategy(accelerator) == "fsdp2"
+        frozen = sum(p.numel() for p in parts.policy.parameters() if all_written and not p.requires_grad)
+        check_disk(config.output_dir, trainable, config.run.keep_last, frozen=frozen)
     return data, parts
 
 
@@ -223,17 +233,20 @@ def save_model(trainer: PPOTrainer, config: Config, data: Data, parts: Parts) ->
     """Write the model, collectively; the error of a disk that refuses it, which then has no half of one either."""
     accelerator, directory = trainer.accelerator, config.output_dir
 
+    weights = full_state_dict(accelerator, trainer.engine)
+
     def save() -> None:
         try:
             with writing(f"the model in {directory}"):
-                save_policy(parts.policy, data.tokenizer, directory, config.rollout, step=trainer.finished)
+                save_policy(
+                    parts.policy, data.tokenizer, directory, config.rollout, step=trainer.finished, weights=weights
+                )
         except WriteError:
             forget_policy(directory)
             raise
 
     try:
-        with gathered(trainer.engine):
-            on_main(accelerator, save)
+        on_main(accelerator, save)
     except UserError as error:
         return error
     return None
@@ -241,7 +254,7 @@ def save_model(trainer: PPOTrainer, config: Config, data: Data, parts: Parts) ->
 
 def describe(config: Config, data: Data, parts: Parts, accelerator: Accelerator) -> str:
     """What this run is and how the work is shared."""
-    trainable = sum(p.numel() for p in parts.policy.parameters() if p.requires_grad)
+    trainable = trained_numbers(parts.policy)
     workers, ppo = accelerator.num_processes, config.ppo
     return (
         f"{config.model.model_path}: {trainable / 1e6:.2f} M trainable parameters"

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from pipeline import train
-from pipeline.runtime.engine import moving_weights, zero_stage
+from pipeline.runtime.engine import gathered, moving_weights, zero_stage
 from pipeline.trainer import PPOTrainer
 
 RECORD = Path(os.environ.get("RECORD_DIR", "."))
 PROBE = torch.arange(12).view(2, 6)
-gather, save_policy, make_accelerator = PPOTrainer.gather, train.save_policy, train.make_accelerator
+gather, full_state_dict, make_accelerator = PPOTrainer.gather, train.full_state_dict, train.make_accelerator
 rollouts, addresses = [], []
 
 
@@ -28,10 +28,13 @@ def recording(self, *arguments):
     return rollout
 
 
-def saving(policy, *arguments, **settings):
-    save_policy(policy, *arguments, **settings)
-    with torch.no_grad():
-        torch.save(policy.model(input_ids=PROBE, attention_mask=torch.ones_like(PROBE)).logits, RECORD / "logits.pt")
+def saving(accelerator, engine):
+    model = accelerator.unwrap_model(engine).model
+    with torch.no_grad(), gathered(engine):
+        logits = model(input_ids=PROBE, attention_mask=torch.ones_like(PROBE)).logits
+    if accelerator.is_main_process:
+        torch.save(logits, RECORD / "logits.pt")
+    return full_state_dict(accelerator, engine)
 
 
 def sharding(mixed_precision):
@@ -42,6 +45,10 @@ def sharding(mixed_precision):
     return accelerator
 
 
+def record() -> None:
+    PPOTrainer.gather, train.full_state_dict, train.make_accelerator = recording, saving, sharding
+
+
 if __name__ == "__main__":
-    PPOTrainer.gather, train.save_policy, train.make_accelerator = recording, saving, sharding
+    record()
     train.main()

@@ -116,11 +116,6 @@ def test_a_sharded_policy_and_reference_with_heads_of_their_own_say_what_replica
     assert figures[1]["kl"] == pytest.approx(figures[0]["kl"], abs=1e-3)
 
 
-def test_weights_sharded_by_fsdp_are_whole_for_a_rollout_and_an_export_and_train_as_before(tmp_path, tiny_lm):
-    done = launch(2, ["tests/fsdp_run.py", tiny_lm, str(tmp_path)])
-    assert done.returncode == 0 and done.stdout.count("as whole weights do") == 2, done.stderr
-
-
 def test_a_worker_that_fails_ends_the_run_with_its_name_and_traceback(tmp_path, tiny_recipe):
     (tmp_path / "crashing_run.py").write_text(
         "import os\nfrom pipeline import train\nfrom pipeline.trainer import PPOTrainer\n"

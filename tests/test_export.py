@@ -67,7 +67,7 @@ def runs(tmp_path_factory, tiny_recipe, base):
         (root / name).mkdir()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(recorded_run, "RECORD", root / name)
-            patch.setattr(train, "save_policy", recorded_run.saving)
+            patch.setattr(train, "full_state_dict", recorded_run.saving)
             options = ("--config", tiny_recipe, "--model_path", base, "--output_dir", root / name / "run", *settings)
             assert run_here(train.main, *options) == 0
     return root

@@ -89,6 +89,7 @@ class Policy(nn.Module):
             loss, logprobs = token_loss(logprobs, slice(0, len(logprobs))).sum() * scale, logprobs.detach()
         with torch.autocast(hidden.device.type, enabled=False):
             values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+            values = values.clone()  # what FSDP2 hangs its backward on must not be a view
         return ResponseOutputs(logprobs, values, entropy, loss)
 
 

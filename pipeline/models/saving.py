@@ -1,10 +1,11 @@
 """Saving what was trained so that plain transformers or PEFT load it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.config import RolloutSettings
@@ -16,11 +17,25 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 def save_policy(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, directory: Path, rollout: RolloutSettings, *, step: int
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    rollout: RolloutSettings,
+    *,
+    step: int,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the value head, which says after which PPO step it was, beside what `save_causal_lm` writes."""
-    save_causal_lm(policy.model, tokenizer, directory, rollout)
-    head = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.value_head.state_dict().items()}
+    """Write the value head, which says after which PPO step it was, beside what `save_causal_lm` writes.
+
+    `weights` is the policy's state dict where workers share it (`full_state_dict`); by default its own.
+    """
+    weights = policy.state_dict() if weights is None else weights
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+
+    save_causal_lm(policy.model, tokenizer, directory, rollout, part("model."))
+    head = {name: tensor.cpu().contiguous() for name, tensor in part("value_head.").items()}
     save_file(head, directory / VALUE_HEAD_FILE, metadata={"step": str(step)})
 
 
@@ -40,9 +55,15 @@ def forget_policy(directory: Path) -> None:
 
 
 def save_causal_lm(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path, rollout: RolloutSettings
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    rollout: RolloutSettings,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write model (or adapter), tokenizer and, as generation settings, how the run samples into `directory`.
+
+    `weights` is the model's state dict, by default its own.
 
     `AutoModelForCausalLM.from_pretrained(directory)` loads it, and for LoRA
     `PeftModel.from_pretrained(base, directory)` does too.
@@ -62,7 +83,7 @@ def save_causal_lm(
     # Saving the model saves its own settings too, and refuses where a checkpoint came with contradictory ones.
     causal_lm(model).generation_config = generation
     only_trained = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
-    model.save_pretrained(directory, **only_trained)
+    model.save_pretrained(directory, state_dict=weights, **only_trained)
     generation.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

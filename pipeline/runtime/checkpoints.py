@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -209,7 +210,9 @@ def joined_by_torch(folder: Path) -> dict[str, Tensor]:
     reader = dcp.FileSystemReader(folder)
     entries = reader.read_metadata().state_dict_metadata
     weights = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    dcp.load(weights, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():  # that it reads alone, as it was told to
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(weights, storage_reader=reader, no_dist=True)
     return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
 

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import OtherWorkerError, UserError
 from pipeline.runtime.determinism import reserve_workspace
 from pipeline.runtime.engine import EngineError, adopt_deepspeed, precision
+from pipeline.runtime.fsdp import adopt_fsdp
 from pipeline.runtime.gpus import cuda_is_usable
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
         mixed_precision: no, bf16 or fp16; None is what the launcher says.
 
     Raises:
-        EngineError: fp16 on a CPU; and see `adopt_deepspeed`.
+        EngineError: fp16 on a CPU; and see `adopt_deepspeed` and `adopt_fsdp`.
         GpuError: a GPU is there that PyTorch cannot use.
         RuntimeError: not as many processes joined as launch.sh, or else the launcher, asked for.
     """
@@ -52,6 +53,7 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
         kwargs_handlers=[group] if launched > 1 or uses_deepspeed else [],
     )
     adopt_deepspeed(accelerator)
+    adopt_fsdp(accelerator)
     if accelerator.num_processes != launched:
         raise RuntimeError(
             f"{launched} processes were launched, but this one sees {accelerator.num_processes}: check "

@@ -5,12 +5,14 @@ would round the policy's weights and make the first ratio differ from 1.
 """
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.integrations import unset_hf_deepspeed_config
@@ -96,7 +98,11 @@ def prepare_engine(
 
     `outside` are parameters that the policy's forward reads itself, not through the module that owns them: ZeRO-3
     gathers no others with the policy.
+
+    Raises:
+        EngineError: wrapping took a trainable weight out of the optimizer, or parted weights that were one.
     """
+    tied = _tied(policy)
     if is_deepspeed(accelerator):
         accelerator.state.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=microbatch_size,
@@ -110,7 +116,50 @@ def prepare_engine(
 
         for parameter in outside:
             deepspeed.zero.register_external_parameter(policy, parameter)
-    return accelerator.prepare(policy, optimizer)
+    engine, optimizer = accelerator.prepare(policy, optimizer)
+    _check_prepared(accelerator, policy, optimizer, tied)
+    if strategy(accelerator) == "fsdp2":
+        engine.forward = autocast(accelerator)(engine.forward)  # Accelerate and DeepSpeed do so for the others
+        engine.reshards = accelerator.state.fsdp_plugin.reshard_after_forward  # for `gathered`
+        _make_moments(engine, optimizer)
+    return engine, optimizer
+
+
+def _tied(module: nn.Module) -> set[frozenset[str]]:
+    """The names of each parameter that has several."""
+    names = defaultdict(set)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[id(parameter)].add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
+def _check_prepared(
+    accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, tied: set[frozenset[str]]
+) -> None:
+    """Raise `EngineError` unless all that is trainable is in the optimizer and the tied weights are those of before."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's holds flat parts; which weights they are it knows
+    groups = getattr(inner, "bit16_groups", None) or getattr(inner, "fp16_groups", None)
+    groups = groups or [group["params"] for group in inner.param_groups]
+    optimized = {id(parameter) for group in groups for parameter in group}
+    trainable = {name: id(parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    wrong = [f"leaves {name} out of the optimizer" for name, known in trainable.items() if known not in optimized]
+    wrong += [f"parts {' from '.join(sorted(names))}, which were one weight" for names in tied - _tied(policy)]
+    if wrong:
+        raise EngineError(
+            f"{strategy(accelerator)} as it is configured {wrong[0]}{' and more' if wrong[1:] else ''}; use a "
+            f"configuration of accelerate_configs/."
+        )
+
+
+def _make_moments(engine: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give Adam the state of no step taken.
+
+    Asked for an empty state, to save it or to load over it, torch makes one by a step of zeros, which Adam would count.
+    """
+    inner = optimizer.optimizer
+    get_optimizer_state_dict(engine, inner)
+    for state in inner.state.values():
+        state["step"].zero_()
 
 
 def settle(
@@ -160,7 +209,7 @@ def optimizer_step(
     inner = getattr(optimizer, "optimizer", optimizer)
     if accelerator.scaler is not None:  # float16: skips by itself, and must hear of each overflow to lower its scale
         optimizer.step()
-    elif getattr(inner, "_step_supports_amp_scaling", False) and not isinstance(engine, FSDPModule):
+    elif getattr(inner, "_step_supports_amp_scaling", False):
         inner.found_inf = (~norm.isfinite()).float()  # fused Adam skips by itself, and nobody waits for the device
         optimizer.step()
     elif norm.isfinite():
@@ -222,5 +271,31 @@ def gathered(engine: nn.Module) -> Iterator[None]:
                 module.set_reshard_after_forward(False, recurse=False)
                 module.unshard()
                 stack.callback(module.reshard)
-                stack.callback(module.set_reshard_after_forward, True, recurse=False)
+                # The root's weights stay from forward to backward, as where nothing was set.
+                reshards = module is not engine and engine.reshards
+                stack.callback(module.set_reshard_after_forward, reshards, recurse=False)
         yield
+
+
+def trained_numbers(module: nn.Module) -> int:
+    """How many numbers are trained, over all workers; ZeRO-3 leaves none in the parameters themselves."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
+
+
+def full_state_dict(accelerator: Accelerator, engine: nn.Module) -> dict[str, Tensor]:
+    """All of the policy's weights, whole, by name, for rank zero to save; other workers may get none. Collective.
+
+    What only reads weights where they are finds them there, see `gathered`.
+    """
+    policy = accelerator.unwrap_model(engine)
+    if isinstance(engine, FSDPModule):  # whose own state_dict() parts again what was gathered
+        weights = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    elif zero_stage(accelerator) == 3:
+        with gathered(engine):
+            mine = policy.state_dict() if accelerator.is_main_process else {}
+            weights = {name: tensor.to("cpu", copy=True) for name, tensor in mine.items()}
+    else:
+        return policy.state_dict()
+    for tied in _tied(policy):  # one tensor again, as whoever writes them expects
+        weights.update({name: weights[min(tied)] for name in tied if weights})
+    return weights

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from pipeline.config import ConfigError
+from pipeline.run_directory import check_disk
 from pipeline.runtime.checkpoints import (
     SEAL,
     CheckpointError,
@@ -155,3 +158,10 @@ def test_weights_in_parts_want_as_many_workers(saved, written, now, fits):
     else:
         with pytest.raises(CheckpointError, match=f"{written[1]} workers under {written[0]}.*{now[1]} under {now[0]}"):
             check_topology(path, *now)
+
+
+def test_the_disk_that_checkpoints_need_counts_frozen_weights_where_they_are_written_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: SimpleNamespace(free=4 * (3 * 10 + 100) * 3))
+    check_disk(tmp_path, 10, 2, frozen=100)
+    with pytest.raises(ConfigError, match="keep_last=2 checkpoints and the one being written take"):
+        check_disk(tmp_path, 10, 2, frozen=101)
