@@ -67,9 +67,9 @@ from pipeline.runtime.engine import (
     gathered,
     precision,
     strategy,
-    trained_numbers,
 )
 from pipeline.runtime.signals import StopRequest
+from pipeline.runtime.weights import trained_numbers
 from pipeline.trainer import PPOTrainer
 
 SETTINGS = SECTIONS
@@ -232,7 +232,6 @@ def run(
 def save_model(trainer: PPOTrainer, config: Config, data: Data, parts: Parts) -> UserError | None:
     """Write the model, collectively; the error of a disk that refuses it, which then has no half of one either."""
     accelerator, directory = trainer.accelerator, config.output_dir
-
     weights = full_state_dict(accelerator, trainer.engine)
 
     def save() -> None:

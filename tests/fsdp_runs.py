@@ -13,7 +13,7 @@ from pathlib import Path
 import recorded_run
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
@@ -92,11 +92,14 @@ def main() -> None:
     directory, arguments = Path(sys.argv[1]), sys.argv[2:]
     recorded_run.record()
     distributed.Accelerator, train.run = on_cpu, watched
+    distributed.precision = lambda _accelerator: "as on a GPU"  # float16, refused on a CPU, is made up in `on_cpu`
     for name, settings in RUNS.items():
         AcceleratorState._reset_state()
+        GradientState._reset_state()
         recorded_run.RECORD = directory / name
         recorded_run.RECORD.mkdir(exist_ok=True)
         recorded_run.rollouts.clear()
+        recorded_run.addresses.clear()
         resume = ("--resume", directory / "full" / "run" / "checkpoints" / "step_000001") if name == "resumed" else ()
         update.backward = spoiling() if name == "spoilt" and os.environ["RANK"] == "1" else backward
         options = (*arguments, *settings, *resume, "--output_dir", directory / name / "run")

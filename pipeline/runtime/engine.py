@@ -5,7 +5,6 @@ would round the policy's weights and make the first ratio differ from 1.
 """
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from pipeline.errors import UserError
+from pipeline.runtime.weights import tied_names
 
 
 class EngineError(UserError, ValueError):
@@ -102,7 +102,7 @@ def prepare_engine(
     Raises:
         EngineError: wrapping took a trainable weight out of the optimizer, or parted weights that were one.
     """
-    tied = _tied(policy)
+    tied = tied_names(policy)
     if is_deepspeed(accelerator):
         accelerator.state.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=microbatch_size,
@@ -125,14 +125,6 @@ def prepare_engine(
     return engine, optimizer
 
 
-def _tied(module: nn.Module) -> set[frozenset[str]]:
-    """The names of each parameter that has several."""
-    names = defaultdict(set)
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names[id(parameter)].add(name)
-    return {frozenset(group) for group in names.values() if len(group) > 1}
-
-
 def _check_prepared(
     accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, tied: set[frozenset[str]]
 ) -> None:
@@ -143,7 +135,7 @@ def _check_prepared(
     optimized = {id(parameter) for group in groups for parameter in group}
     trainable = {name: id(parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad}
     wrong = [f"leaves {name} out of the optimizer" for name, known in trainable.items() if known not in optimized]
-    wrong += [f"parts {' from '.join(sorted(names))}, which were one weight" for names in tied - _tied(policy)]
+    wrong += [f"parts {' from '.join(sorted(names))}, which were one weight" for names in tied - tied_names(policy)]
     if wrong:
         raise EngineError(
             f"{strategy(accelerator)} as it is configured {wrong[0]}{' and more' if wrong[1:] else ''}; use a "
@@ -277,11 +269,6 @@ def gathered(engine: nn.Module) -> Iterator[None]:
         yield
 
 
-def trained_numbers(module: nn.Module) -> int:
-    """How many numbers are trained, over all workers; ZeRO-3 leaves none in the parameters themselves."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
-
-
 def full_state_dict(accelerator: Accelerator, engine: nn.Module) -> dict[str, Tensor]:
     """All of the policy's weights, whole, by name, for rank zero to save; other workers may get none. Collective.
 
@@ -296,6 +283,6 @@ def full_state_dict(accelerator: Accelerator, engine: nn.Module) -> dict[str, Te
             weights = {name: tensor.to("cpu", copy=True) for name, tensor in mine.items()}
     else:
         return policy.state_dict()
-    for tied in _tied(policy):  # one tensor again, as whoever writes them expects
+    for tied in tied_names(policy):  # one tensor again, as whoever writes them expects
         weights.update({name: weights[min(tied)] for name in tied if weights})
     return weights

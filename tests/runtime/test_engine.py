@@ -9,8 +9,9 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 
 from pipeline.models.building import build_policy_and_reference
-from pipeline.runtime.engine import EngineError, check_can_compile, moving_weights, prepare_engine, trained_numbers
+from pipeline.runtime.engine import EngineError, check_can_compile, moving_weights, prepare_engine
 from pipeline.runtime.fsdp import adopt_fsdp
+from pipeline.runtime.weights import trained_numbers
 
 
 def accelerator(kind, stage=0, processes=2):
