@@ -112,11 +112,11 @@ def weights(directory):
     return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_learning_rate_far_too_high_ends_with_the_last_good_state(train, tmp_path, tiny_lm, lora):
+@pytest.mark.parametrize(("lora", "rate"), [(False, 1), (True, 30)])  # adapters survive 1 on some processors
+def test_a_learning_rate_far_too_high_ends_with_the_last_good_state(train, tmp_path, tiny_lm, lora, rate):
     peft = ("--use_peft", "true") if lora else ()
-    code, said = train("--learning_rate", "1.0", "--save_every_steps", "10", *peft)
-    assert code == GUARD_STOPPED and "in a row" in said and "Lower learning_rate=1" in said
+    code, said = train("--learning_rate", rate, "--save_every_steps", "10", *peft)
+    assert code == GUARD_STOPPED and "in a row" in said and f"Lower learning_rate={rate}" in said
     assert "Back to the last good state, after step 0" in said
     if not lora:
         assert len(metrics(tmp_path / "run")) == 3
