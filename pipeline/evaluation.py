@@ -26,13 +26,7 @@ from pipeline.rewards.composed import ComposedReward
 from pipeline.rewards.reading import Reading, joined, read
 from pipeline.rewards.repetition import ngrams
 from pipeline.rollout.graphs import DecodeGraphs
-from pipeline.rollout.rollout import (
-    Responses,
-    concatenated,
-    policy_outputs,
-    response_texts,
-    sample_responses,
-)
+from pipeline.rollout.rollout import Responses, concatenated, policy_outputs, response_texts, sample_responses
 from pipeline.rollout.sampling import sampling_noise, sampling_options
 from pipeline.run_directory import EVALUATION_FILE, EVALUATION_TEXT, METRICS_FILE, PLANE_FILE, SAMPLES_FILE
 from pipeline.runtime.distributed import all_or_none, gather_fields, share

@@ -238,6 +238,8 @@ def fine_tune(stop: StopRequest) -> None:
     model, tokenizer = build(arguments, config, training.texts)
     tokenizer.model_max_length = arguments.max_window
     held_out = {name: tokenize(part, tokenizer) for name, (_, part) in parts.items()}
+    shortest, longest, dropout = arguments.min_window, arguments.max_window, arguments.token_dropout
+    collator = WindowCollator(tokenizer, min_window=shortest, max_window=longest, token_dropout=dropout)
     callback = StopCallback(stop)
     with building():
         trainer = WindowTrainer(
@@ -246,12 +248,7 @@ def fine_tune(stop: StopRequest) -> None:
             processing_class=tokenizer,
             train_dataset=tokenize(training, tokenizer),
             eval_dataset=next(iter(held_out.values())),
-            data_collator=WindowCollator(
-                tokenizer,
-                min_window=arguments.min_window,
-                max_window=arguments.max_window,
-                token_dropout=arguments.token_dropout,
-            ),
+            data_collator=collator,
             window=arguments.max_window,
             stop=stop,
             whole_texts={
