@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from pipeline.foreign_text import shown
+
 CRASHED = 1
 BAD_SETTINGS = 2
 REWARD_FAILED = 3
@@ -35,7 +37,7 @@ def leave(code: int, error: UserError | None = None) -> NoReturn:
     told = os.environ.get(STATUS_FILE_VARIABLE)
     if isinstance(error, OtherWorkerError):
         _end(0 if told else code)
-    message = "" if error is None else f"error: {error}\n"
+    message = "" if error is None else f"error: {shown(str(error))}\n"
     if not told:
         print(message, end="", file=sys.stderr, flush=True)
         _end(code)
@@ -76,7 +78,7 @@ def worker_faults() -> Iterator[None]:
             raise
         who = f"worker {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} on {platform.node()}"
         sys.stdout.flush()
-        sys.stderr.write(f"{who} failed:\n{traceback.format_exc()}")
+        sys.stderr.write(f"{who} failed:\n{shown(traceback.format_exc())}")
         sys.stderr.flush()
         os._exit(CRASHED)
 

@@ -26,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pipeline.data.sources import DataError, Reviews, load_reviews, split_held_out
 from pipeline.errors import user_errors
+from pipeline.foreign_text import shown
 from pipeline.models.card import write_model_card
 from pipeline.models.loading import ModelError, opening
 from pipeline.models.scratch import new_config, tokenizer_of_run
@@ -228,7 +229,9 @@ def main() -> None:
         )
         short = texts.map(lambda row: {"tokens": row["tokens"][:24]}, load_from_cache_file=False)
         figures[f"accuracy on their first 24 tokens, {name}"] = accuracy(model, tokenizer, short, window=32)
-    print("\n".join(["", "Held out:"] + [f"  {value:.4f}  {name}" for name, value in figures.items()]), flush=True)
+    print(
+        shown("\n".join(["", "Held out:", *(f"  {value:.4f}  {name}" for name, value in figures.items())])), flush=True
+    )
     write_model_card(
         output,
         title=output.name,

@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline.data.sources import Reviews, load_reviews, split_held_out
 from pipeline.errors import user_errors
+from pipeline.foreign_text import markdown_code, shown
 from pipeline.models.card import write_model_card
 from pipeline.models.loading import ModelError, opening
 from pipeline.models.muon import MuonWithAdamW
@@ -159,12 +160,12 @@ def main() -> None:
     tokenizer.save_pretrained(output)
     set_seed(config.seed)
     samples = continuations(model.float(), tokenizer, held_out.texts[:4])
-    print("\n".join(["", "Held-out openings continued:", *samples]), flush=True)
+    print("\n".join(["", "Held-out openings continued:", *map(shown, samples)]), flush=True)
     write_model_card(
         output,
         title=output.name,
         summary=f"A {model.config.model_type} language model of {model.num_parameters() / 1e6:.1f} M parameters "
-        f"trained on movie reviews (`{arguments.dataset}`), the starting point and the reference of PPO.",
+        f"trained on movie reviews ({markdown_code(arguments.dataset)}), the starting point and the reference of PPO.",
         command=command_line("pipeline.sft"),
         figures={
             "training reviews": len(training),

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
+from pipeline.foreign_text import markdown_text
+
 
 @dataclass(frozen=True)
 class Run:
@@ -170,8 +172,7 @@ def _numbers(name: str, figures: Mapping[str, object]) -> Iterator[tuple[str, fl
 
 
 def _cell(value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
-    return text.replace("|", "\\|")
+    return f"{value:.4g}" if isinstance(value, float) else markdown_text(str(value))
 
 
 def _logged_in(wandb) -> bool:
