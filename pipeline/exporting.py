@@ -18,7 +18,7 @@ from pipeline.config import Config, RolloutSettings
 from pipeline.data.sources import PACKAGE
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation, figures_table
-from pipeline.foreign_text import markdown_block, markdown_code, markdown_text
+from pipeline.foreign_text import markdown_block, markdown_code, markdown_text, without_secrets
 from pipeline.models.card import markdown_table, stated_licence, write_card
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.saving import save_causal_lm, saved_step
@@ -165,7 +165,7 @@ def _training(config: Config) -> str:
         "starting from the adapter": model.adapter_path,
         "LoRA": f"rank {model.lora_r}, alpha {model.lora_alpha}" if model.use_peft and not model.adapter_path else None,
         "prompts": f"{data.prompt_min_tokens} to {data.prompt_max_tokens} tokens of {data.dataset}",
-        "reward": " + ".join(f"{term.weight:g} {term.source}" for term in terms),
+        "reward": " + ".join(f"{term.weight:g} {without_secrets(term.source)}" for term in terms),
         "sentiment": f"{reward.reward_label} of {reward.reward_model_path}, as {reward.reward_scale}"
         if any(term.source == SENTIMENT for term in terms)
         else None,
@@ -196,7 +196,7 @@ def is_path(name: str) -> bool:
 def _figures(run: Path) -> str:
     evaluation = run / EVALUATION_FILE
     if evaluation.is_file():
-        figures = json.loads(evaluation.read_text(encoding="utf-8"))
+        figures = without_secrets(json.loads(evaluation.read_text(encoding="utf-8")))
         return markdown_table(figures_table(Evaluation(figures, [])))
     steps = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines() if (run / METRICS_FILE).is_file() else []
     what = "A checkpoint" if is_checkpoint(run) else "A run"

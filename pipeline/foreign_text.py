@@ -71,7 +71,7 @@ def _masked_parameter(parameter: str) -> str:
 
 def markdown_text(text: str) -> str:
     """The text on one line, for Markdown and its tables: no markup, HTML, image, link or further column comes of it."""
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(shown(text).split()))
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(printable(text).split()))
 
 
 def markdown_code(text: str) -> str:

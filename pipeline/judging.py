@@ -19,13 +19,10 @@ from pipeline.runtime.randomness import generator
 SHEET_COLUMNS = ("id", "prompt", "response_a", "response_b", "better")
 KEY_COLUMNS = ("id", "tuned")
 OF_SAMPLES = "samples"  # a further column of the key: which samples the sheet was written from
-# Where a spreadsheet may see a cell begin, whichever separator it takes (also behind letters that do not show), before
-# what makes a formula of it. Apostrophes that stand there already get one more, so that taking one away gives the text.
-_FORMULA = re.compile(
-    r"^('*)(?=[\t\r\n])|(^|[,;\t\r\n\"])('*)(?=[\u00a0\u00ad\u200b-\u200f\u2060\ufeff]*[=+\-@＝＋－＠])"
-)
-# Control characters, and halves of characters, which no file can hold.
-_NO_CELL = {code: None for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000)) if chr(code) not in "\t\r\n"}
+# Where a spreadsheet may see a cell begin, whichever separator it takes, before what makes a formula of it, also
+# behind letters that do not show. Apostrophes there already get one more, so that taking one away gives the text.
+_NOT_SEEN = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xa0\u00ad\u200b-\u200f\u2060\ufeff"
+_FORMULA = re.compile(rf"^('*)(?=[\t\r\n])|(^|[,;\t\r\n\"])('*)(?=[{_NOT_SEEN}]*[=+\-@＝＋－＠])")
 MARKS = ("a", "b", "tie")
 MARKS_FILE = "marks.json"
 
@@ -81,8 +78,11 @@ def write_judge_file(run: Path, sheet: Path) -> int:
     pairs, sides = [], []
     for number, second, at in zip(ids, tuned_is_b, draw.permutation(len(rows)), strict=True):
         line, row = rows[at]
-        if not all(isinstance(row.get(name), str) for name in ("prompt", "before", "after")):
-            raise DataError(f"{samples}, line {line} lacks prompt, before or after; evaluate the run again.")
+        texts = [row.get(name) for name in ("prompt", "before", "after")]
+        if any(not isinstance(text, str) or re.search("[\ud800-\udfff]", text) for text in texts):
+            raise DataError(
+                f"{samples}, line {line}: prompt, before or after is missing or no text; evaluate the run again."
+            )
         responses = (row["before"], row["after"]) if second else (row["after"], row["before"])
         pairs.append([str(number), *map(_as_text, (row["prompt"], *responses)), ""])
         sides.append([str(number), MARKS[second], digest])
@@ -95,8 +95,8 @@ def write_judge_file(run: Path, sheet: Path) -> int:
 
 
 def _as_text(cell: str) -> str:
-    """The cell without control characters, and with an apostrophe before what a spreadsheet takes for a formula."""
-    return _FORMULA.sub(r"\2'\1\3", cell.translate(_NO_CELL))
+    """The cell with an apostrophe before everything that a spreadsheet would take for a formula."""
+    return _FORMULA.sub(r"\2'\1\3", cell)
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
