@@ -251,6 +251,6 @@ def test_the_page_says_what_is_wrong_with_an_opening(address, browser):
     page.get_by_text("Type the beginning of a text first").wait_for()
     ask(page, "the film " * 60)
     page.get_by_text("Shorten one of them").wait_for()
-    ask(page, "the <b>film</b>")
+    ask(page, "the <b>film</b> ${6 * 7} {{value}}")
     page.locator(".tuned .figure").first.wait_for()
-    assert "the <b>film</b>" in page.locator("article.tuned p").text_content()
+    assert "the <b>film</b> ${6 * 7} {{value}}" in page.locator("article.tuned p").text_content()

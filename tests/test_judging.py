@@ -7,9 +7,7 @@ import re
 
 import pytest
 
-from pipeline.data.preferences import csv_rows
-from pipeline.data.sources import DataError
-from pipeline.judging import write_judge_file
+from pipeline.judging import DataError, csv_rows, write_judge_file
 
 TRIGGERS = "=+-@\uff1d\uff0b\uff0d\uff20\t\r\n"
 TEXTS = [
