@@ -109,7 +109,8 @@ def serve(chat: Chat, run: Path, *, port: int | None, share: bool, login: Login 
     with tempfile.TemporaryDirectory(prefix="chat-") as private:  # Gradio's own is one for all users of the machine
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": private}  # read when it is imported
         page, address = launch(chat, run, port=port, share=share, login=login)
-        print(f"Chat with {run}: {address}   (Ctrl-C ends it)\n{who_can_reach(login, share=share)}", flush=True)
+        who = who_can_reach(login, share=share and page.share_url is not None)
+        print(f"Chat with {run}: {address}   (Ctrl-C ends it)\n{who}", flush=True)
         page.block_thread()
 
 
