@@ -40,6 +40,7 @@ def test_a_run_that_runs_code_or_asks_a_server_says_which_and_waits_for_trust(
     stranger, main, options, capsys, monkeypatch
 ):
     monkeypatch.setenv("REWARD_TOKEN", "mine")
+    monkeypatch.setattr(chat, "open_chat", lambda *_: pytest.fail("the chat was opened"))
     assert run_here(main, stranger, *options) == 2
     told = capsys.readouterr().err
     assert f"the reward of {stranger} runs the code of stranger.judge:score, which may be a file in this folder" in told
