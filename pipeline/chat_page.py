@@ -8,6 +8,7 @@ import gradio as gr
 
 from pipeline.chatting import Chat, Continuation, Sides
 from pipeline.errors import UserError
+from pipeline.foreign_text import shown
 
 OPENINGS = ["This movie", "I watched it because", "The story is", "My wife and I", "The worst thing about"]
 WAITING = "Waiting for the models: they continue one opening at a time."
@@ -42,7 +43,7 @@ def make_theme() -> gr.Theme:
 
 def make_page(chat: Chat, run: Path) -> gr.Blocks:
     """The page over the models of `run`; one request at a time, the others wait and are told so."""
-    model, rollout = chat.config.model, chat.config.rollout
+    rollout = chat.config.rollout
     longest = min(LONGEST, (chat.context or LONGEST + 1) - 1)
 
     def respond(opening: str, temperature: float, tokens: int, samples: int, turn: int) -> Iterator[tuple[str, int]]:
@@ -55,15 +56,12 @@ def make_page(chat: Chat, run: Path) -> gr.Blocks:
             yield message(str(error)), turn
 
     with gr.Blocks(title=f"Chat with {run}", analytics_enabled=False) as page:
-        gr.Markdown(
-            f"## Before and after: {run}\n"
-            f"`{model.model_path}` and the {'LoRA adapter' if chat.reference.is_shared else 'model'} PPO made of it "
-            f"continue your opening with the same sampling noise. The score is what the run rewards "
-            f"({', '.join(chat.config.reward.reward)}); KL is how much likelier the tuned model finds its text than "
-            f"the original does, in nats."
-        )
-        opening = gr.Textbox(label="Opening", placeholder="The beginning of a text", max_lines=4, elem_id="opening")
-        gr.Examples(OPENINGS, opening, label="For example")
+        gr.HTML(introduction(chat, run))
+        opening = gr.Textbox(
+            label="Opening", placeholder="The beginning of a text", max_lines=4, max_length=chat.longest_opening,
+            elem_id="opening",
+        )  # fmt: skip
+        gr.Examples(OPENINGS, opening, label="For example", api_visibility="private")
         with gr.Row():
             temperature = gr.Slider(0.1, 2, rollout.temperature, step=0.05, label="Temperature", min_width=240)
             tokens = gr.Slider(
@@ -81,14 +79,27 @@ def make_page(chat: Chat, run: Path) -> gr.Blocks:
             [results, turn],
             concurrency_limit=1,
             show_progress="hidden",
-            api_name="continue",
+            api_visibility="private",
         )
     return page
 
 
+def introduction(chat: Chat, run: Path) -> str:
+    """What the page shows, and of which run: its settings are text, whatever they hold."""
+    base, rewards = (
+        html.escape(shown(text)) for text in (chat.config.model.model_path, ", ".join(chat.config.reward.reward))
+    )
+    return (
+        f"<h2>Before and after: {html.escape(str(run))}</h2>"
+        f"<p><code>{base}</code> and the {'LoRA adapter' if chat.reference.is_shared else 'model'} PPO made of it "
+        f"continue your opening with the same sampling noise. The score is what the run rewards ({rewards}); KL is how "
+        f"much likelier the tuned model finds its text than the original does, in nats.</p>"
+    )
+
+
 def message(text: str) -> str:
     """What is said where the continuations would be."""
-    return f'<p class="message" role="status">{html.escape(text)}</p>'
+    return f'<p class="message" role="status">{html.escape(shown(text))}</p>'
 
 
 def pairs(opening: str, sides: Sides) -> str:

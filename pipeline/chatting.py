@@ -21,6 +21,9 @@ from pipeline.rollout.decoding import Decoded, decode_stepwise
 from pipeline.rollout.rollout import Responses, response_texts
 from pipeline.rollout.sampling import sampling_noise, sampling_options
 
+CHARACTERS_A_TOKEN = 24  # of the longest openings, and more than any text has
+UNLIMITED_CONTEXT = 8192  # tokens of an opening for a model that has no limit of its own
+
 
 class ChatError(UserError, ValueError):
     """An opening that cannot be continued; the message says why and what would do."""
@@ -64,6 +67,11 @@ class Chat:
     def context(self) -> int | None:
         """Tokens that opening and continuation may have together, if there is a limit."""
         return getattr(self.policy.config, "max_position_embeddings", None)
+
+    @property
+    def longest_opening(self) -> int:
+        """Characters beyond which an opening is refused unread: to tokenize millions of them takes long."""
+        return CHARACTERS_A_TOKEN * (self.context or UNLIMITED_CONTEXT)
 
     def continue_opening(
         self, opening: str, *, temperature: float, tokens: int, samples: int, turn: int = 0
@@ -125,6 +133,11 @@ class Chat:
             )
 
     def _ids(self, opening: str, tokens: int) -> list[int]:
+        if len(opening) > self.longest_opening:
+            raise ChatError(
+                f"The opening has {len(opening)} characters, and the model reads {self.longest_opening} at the very "
+                f"most. Shorten it."
+            )
         (ids,) = text_ids(self.tokenizer, [opening.rstrip()])
         if not ids:
             raise ChatError("Type the beginning of a text first: a few words will do.")

@@ -13,6 +13,8 @@ from typing import NoReturn
 
 from safetensors import SafetensorError
 
+from pipeline.foreign_text import shown
+
 CRASHED = 1
 BAD_SETTINGS = 2
 REWARD_FAILED = 3
@@ -81,7 +83,7 @@ def leave(code: int, error: UserError | None = None) -> NoReturn:
     told = os.environ.get(STATUS_FILE_VARIABLE)
     if isinstance(error, OtherWorkerError):
         _end(0 if told else code)
-    message = "" if error is None else f"error: {error}\n"
+    message = "" if error is None else f"error: {shown(str(error))}\n"
     if not told:
         print(message, end="", file=sys.stderr, flush=True)
         _end(code)
@@ -122,7 +124,7 @@ def worker_faults() -> Iterator[None]:
             raise
         who = f"worker {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} on {platform.node()}"
         sys.stdout.flush()
-        sys.stderr.write(f"{who} failed:\n{traceback.format_exc()}")
+        sys.stderr.write(f"{who} failed:\n{shown(traceback.format_exc())}")
         sys.stderr.flush()
         os._exit(CRASHED)
 

@@ -13,6 +13,8 @@ training does. The others, each in place of it (docs/preferences.md has the form
     --preferences FILE   how reward and likelihoods agree with people's choices or ratings: preferences.json and .md
     --judge-file FILE    a sheet of blinded pairs of both models' responses for people to mark, and its key beside it
     --read-marks FILE    the marked sheet as the tuned model's win rate: marks.json and .md
+
+A run whose reward is a function or a server's is evaluated only with --trust: it may be somebody else's.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.preferences import read_preferences
 from pipeline.errors import end_worker, user_errors
 from pipeline.evaluation import evaluate
+from pipeline.foreign_text import without_secrets
 from pipeline.inputs import check_same_texts
 from pipeline.judging import key_path, marks_table, read_marks, samples_digest, write_judge_file, write_marks
 from pipeline.models.vocabulary import load_config_and_tokenizer
@@ -47,6 +50,7 @@ from pipeline.run_directory import differing_settings, settings_of
 from pipeline.runtime.console import Console
 from pipeline.runtime.distributed import all_or_none, make_accelerator, on_main
 from pipeline.runtime.signals import StopRequest, stopping_at_once
+from pipeline.trust import check_trust
 
 
 def main() -> None:
@@ -99,7 +103,7 @@ def main() -> None:
                 parts.frontier, lambda: stop.check(accelerator),
             )  # fmt: skip
             other = differing_settings(settings_of(run), config)
-            evaluation.figures["settings"] = {name: now for name, (_then, now) in other.items()}
+            evaluation.figures["settings"] = {name: without_secrets(now) for name, (_then, now) in other.items()}
             on_main(accelerator, lambda: show_evaluation(console, evaluation, run))
             on_main(accelerator, lambda: write_report(console, run))
         accelerator.wait_for_everyone()
@@ -112,17 +116,22 @@ def read_arguments(arguments: list[str]) -> tuple[Path, argparse.Namespace, Conf
         raise ConfigError("name the run to evaluate: python -m pipeline.evaluate runs/quickstart [--setting value …]")
     people, settings = people_options(arguments[1:])
     run, config = open_run(__doc__, arguments[0], settings)
-    if config.run.evaluation_prompts < 1 and not any(vars(people).values()):
+    of_people = people.judge_file or people.read_marks
+    if config.run.evaluation_prompts < 1 and not (of_people or people.preferences):
         raise ConfigError("evaluation_prompts=0 leaves nothing to evaluate; give --evaluation_prompts 512.")
+    named_here = any(word == "--reward" or word.startswith("--reward=") for word in settings)
+    if not of_people:  # else no reward is loaded
+        check_trust(run, config, trusted=people.trust or named_here)
     return run, people, config
 
 
 def people_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Take --preferences, --judge-file and --read-marks, of which one may be given, out of the arguments."""
+    """Take --trust out of the arguments, and of --preferences, --judge-file and --read-marks the one that is given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     group = parser.add_mutually_exclusive_group()
     for name in ("preferences", "judge_file", "read_marks"):
         group.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, type=Path, metavar="FILE")
+    parser.add_argument("--trust", action="store_true")
     try:
         return parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:

@@ -18,6 +18,7 @@ from pipeline.config import Config, RolloutSettings
 from pipeline.data.sources import PACKAGE
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation, figures_table
+from pipeline.foreign_text import markdown_block, markdown_code, markdown_text, without_secrets
 from pipeline.models.card import markdown_table, stated_licence, write_card
 from pipeline.models.saving import save_causal_lm, saved_step
 from pipeline.models.vocabulary import load_config_and_tokenizer
@@ -98,6 +99,7 @@ def _reloaded(folder: Path, export: Export, config: Config) -> nn.Module:
 
 def _write_card(folder: Path, export: Export, config: Config, command: str, difference: float) -> None:
     base, dataset, start = config.model.model_path, config.data.dataset, config.model.adapter_path
+    began_with = "" if start is None else markdown_code(start)
     kinds = {"adapter": "A LoRA adapter of", "merged": "With its LoRA adapter folded in,", "full": "Fine-tuned whole,"}
     metadata = ModelCardData(
         base_model=None if is_path(export.base or base) else export.base or base,
@@ -109,37 +111,40 @@ def _write_card(folder: Path, export: Export, config: Config, command: str, diff
         "Load it": _loading(export),
         "Training": _training(config),
         "Figures": _figures(export.run)
-        + (f"\n\n“Before” and the original are here the base with the adapter `{start}`." if start else ""),
-        "Licences": f"- Base model `{base}`: {stated_licence(base, ModelCard) or 'unknown: its card states none.'}\n"
-        f"- Data `{dataset}`: {_data_licence(dataset)}\n\n"
+        + (f"\n\n“Before” and the original are here the base with the adapter {began_with}." if start else ""),
+        "Licences": f"- Base model {markdown_code(base)}: "
+        f"{markdown_text(stated_licence(base, ModelCard) or 'unknown: its card states none.')}\n"
+        f"- Data {markdown_code(dataset)}: {markdown_text(_data_licence(dataset))}\n\n"
         "Both bear on what may be done with this model. Nothing is said here of the licence of the model itself.",
         "Limits": "PPO makes a model say what its reward likes, right or wrong: it is as good as its reward, and finds "
         "what that overrates. Errors and prejudices of the base model are still there.",
-        "Made by": f"```\n{command}\n```\n\nRead back in float32, the logits of these files are within "
+        "Made by": f"{markdown_block(command)}\n\nRead back in float32, the logits of these files are within "
         f"{difference:.1e} of the trained policy's.",
     }
-    began = f" from the adapter `{start}` on" if start else ""
+    began = f" from the adapter {began_with} on" if start else ""
     summary = (
-        f"{kinds[export.what]} `{export.base or base}`, trained{began} with PPO to please a reward and stay close to "
-        f"what it began as."
+        f"{kinds[export.what]} {markdown_code(export.base or base)}, trained{began} with PPO to please a reward and "
+        f"stay close to what it began as."
     )
     write_card(folder, export.name, summary, sections, metadata)
 
 
 def _loading(export: Export) -> str:
-    name = export.name
+    name = json.dumps(export.name, ensure_ascii=False)  # as Python has it too
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     if export.what != "adapter":
-        return (
-            f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+        return markdown_block(
+            f"{imports}model = AutoModelForCausalLM.from_pretrained({name})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({name})",
+            "python",
         )
-    code = (
-        f"```python\nimport torch\nfrom peft import PeftModel\n"
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{export.base}", dtype=torch.float32)\n'
-        f'model = PeftModel.from_pretrained(base, "{name}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+    base = json.dumps(export.base, ensure_ascii=False)
+    code = markdown_block(
+        f"import torch\nfrom peft import PeftModel\n{imports}"
+        f"base = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.float32)\n"
+        f"model = PeftModel.from_pretrained(base, {name})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({name})",
+        "python",
     )
     code += (
         "\n\nThe adapter was trained on the base in float32; without `dtype` a base stored in bfloat16 stays so, and "
@@ -161,7 +166,7 @@ def _training(config: Config) -> str:
         "starting from the adapter": model.adapter_path,
         "LoRA": f"rank {model.lora_r}, alpha {model.lora_alpha}" if model.use_peft and not model.adapter_path else None,
         "prompts": f"{data.prompt_min_tokens} to {data.prompt_max_tokens} tokens of {data.dataset}",
-        "reward": " + ".join(f"{term.weight:g} {term.source}" for term in terms),
+        "reward": " + ".join(f"{term.weight:g} {without_secrets(term.source)}" for term in terms),
         "sentiment": f"{reward.reward_label} of {reward.reward_model_path}, as {reward.reward_scale}"
         if any(term.source == SENTIMENT for term in terms)
         else None,
@@ -192,7 +197,7 @@ def is_path(name: str) -> bool:
 def _figures(run: Path) -> str:
     evaluation = run / EVALUATION_FILE
     if evaluation.is_file():
-        figures = json.loads(evaluation.read_text(encoding="utf-8"))
+        figures = without_secrets(json.loads(evaluation.read_text(encoding="utf-8")))
         return markdown_table(figures_table(Evaluation(figures, [])))
     steps = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines() if (run / METRICS_FILE).is_file() else []
     what = "A checkpoint" if is_checkpoint(run) else "A run"

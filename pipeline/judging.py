@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,10 @@ from pipeline.runtime.randomness import generator
 SHEET_COLUMNS = ("id", "prompt", "response_a", "response_b", "better")
 KEY_COLUMNS = ("id", "tuned")
 OF_SAMPLES = "samples"  # a further column of the key: which samples the sheet was written from
+# Where a spreadsheet may see a cell begin, whichever separator it takes, before what makes a formula of it, also
+# behind letters that do not show. Apostrophes there already get one more, so that taking one away gives the text.
+_NOT_SEEN = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xa0\u00ad\u200b-\u200f\u2060\ufeff"
+_FORMULA = re.compile(rf"^('*)(?=[\t\r\n])|(^|[,;\t\r\n\"])('*)(?=[{_NOT_SEEN}]*[=+\-@＝＋－＠])")
 MARKS = ("a", "b", "tie")
 MARKS_FILE = "marks.json"
 
@@ -65,14 +70,19 @@ def write_judge_file(run: Path, sheet: Path) -> int:
     for path in (sheet, key):
         if path.exists():
             raise DataError(f"{path} is there already, perhaps with marks; give another name or remove it.")
-    rows = [row for _, row in jsonl_rows(samples)]
+    rows = list(jsonl_rows(samples))
     digest = samples_digest(run)
     draw = generator(EVALUATION_SEED, "judge file", int(digest, 16))
     ids = draw.choice(900_000, len(rows), replace=False) + 100_000  # all of six digits; a spreadsheet keeps them
     tuned_is_b = draw.integers(2, size=len(rows))
     pairs, sides = [], []
     for number, second, at in zip(ids, tuned_is_b, draw.permutation(len(rows)), strict=True):
-        row = rows[at]
+        line, row = rows[at]
+        texts = [row.get(name) for name in ("prompt", "before", "after")]
+        if any(not isinstance(text, str) or re.search("[\ud800-\udfff]", text) for text in texts):
+            raise DataError(
+                f"{samples}, line {line}: prompt, before or after is missing or no text; evaluate the run again."
+            )
         responses = (row["before"], row["after"]) if second else (row["after"], row["before"])
         pairs.append([str(number), *map(_as_text, (row["prompt"], *responses)), ""])
         sides.append([str(number), MARKS[second], digest])
@@ -85,8 +95,8 @@ def write_judge_file(run: Path, sheet: Path) -> int:
 
 
 def _as_text(cell: str) -> str:
-    """The cell, marked as text where a spreadsheet would take it for a formula."""
-    return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
+    """The cell with an apostrophe before everything that a spreadsheet would take for a formula."""
+    return _FORMULA.sub(r"\2'\1\3", cell)
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.config import Config, ConfigError
 from pipeline.errors import WriteError, writing
 from pipeline.evaluation import Evaluation, figures_table, samples_table, write_evaluation
+from pipeline.foreign_text import without_secrets
 from pipeline.metrics import Sample, StepReport
 from pipeline.reports.page import write_run_page
 from pipeline.run_directory import CONFIG_FILE, EVALUATION_FILE, EVALUATION_TEXT, METRICS_FILE, PLANE_FILE, REPORT_FILE
@@ -108,7 +109,7 @@ class Reporter:
                 config.run.trackers,
                 project=config.run.wandb_project,
                 name=self.directory.name,
-                config=config.as_dict(),
+                config=without_secrets(config.as_dict()),
                 directory=self.directory,
                 say=self.console.say,
                 warn=self.console.warn,

@@ -28,6 +28,7 @@ from transformers import (
 from pipeline.checked import require
 from pipeline.data.sources import Reviews, load_reviews, split_held_out
 from pipeline.errors import Stopped, user_errors, writing
+from pipeline.foreign_text import shown
 from pipeline.inputs import keep_to_inputs, tell
 from pipeline.models.card import write_model_card
 from pipeline.models.loading import ModelError, load_config, opening
@@ -280,7 +281,8 @@ def fine_tune(stop: StopRequest) -> None:
         figures[f"accuracy on their first 24 tokens, {name}"] = accuracy(
             model, tokenizer, short, window=32, between_batches=stop_here
         )
-    print("\n".join(["", "Held out:"] + [f"  {value:.4f}  {name}" for name, value in figures.items()]), flush=True)
+    told = ["", "Held out:", *(f"  {value:.4f}  {name}" for name, value in figures.items())]
+    print(shown("\n".join(told)), flush=True)
     write_model_card(
         output,
         title=output.name,

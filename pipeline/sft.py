@@ -27,6 +27,7 @@ from pipeline.checked import require
 from pipeline.data.sources import Reviews, counted, load_reviews, split_held_out
 from pipeline.data.tokens import prefix_ids, text_ids
 from pipeline.errors import user_errors, writing
+from pipeline.foreign_text import markdown_code, shown
 from pipeline.inputs import keep_to_inputs, tell
 from pipeline.models.card import write_model_card
 from pipeline.models.loading import ModelError, load_config, opening
@@ -210,12 +211,12 @@ def fine_tune(stop: StopRequest) -> None:
     model.config.use_cache = True
     set_seed(config.seed)
     samples = continuations(model.float(), tokenizer, held_out.texts[:4])
-    print("\n".join(["", "Held-out openings continued:", *samples]), flush=True)
+    print("\n".join(["", "Held-out openings continued:", *map(shown, samples)]), flush=True)
     write_model_card(
         output,
         title=output.name,
         summary=f"A {model.config.model_type} language model of {model.num_parameters() / 1e6:.1f} M parameters "
-        f"trained on movie reviews (`{arguments.dataset}`), the starting point and the reference of PPO.",
+        f"trained on movie reviews ({markdown_code(arguments.dataset)}), the starting point and the reference of PPO.",
         command=command_line("pipeline.sft"),
         figures={
             "training reviews": len(training),

@@ -175,6 +175,19 @@ samples_every_steps: 1
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def lora_run(tmp_path_factory, tiny_recipe):
+    """A LoRA run whose policy has left the original."""
+    from launching import run_here
+
+    from pipeline import train
+
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    options = ("--use_peft", "--lora_r", "4", "--learning_rate", "3e-2", "--reward_scale", "probability")
+    assert run_here(train.main, "--config", tiny_recipe, "--output_dir", folder, *options) == 0
+    return folder
+
+
 @pytest.fixture
 def captured(monkeypatch) -> list[int]:
     """Has decoding take the CPU for a device with graphs, whose replay is the step; which model each was made of."""

@@ -13,7 +13,6 @@ from chromium import start
 from launching import ROOT, interruptible, run_here
 from playwright.sync_api import Page, sync_playwright
 
-from pipeline import train
 from pipeline.assembly import open_run
 from pipeline.chat import main as chat_main
 from pipeline.chat import open_chat, parse
@@ -27,12 +26,8 @@ from pipeline.rollout.sampling import SamplingOptions, sampling_noise
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_recipe):
-    """A LoRA run whose policy has left the original."""
-    folder = tmp_path_factory.mktemp("chat") / "run"
-    options = ("--use_peft", "--lora_r", "4", "--learning_rate", "3e-2", "--reward_scale", "probability")
-    assert run_here(train.main, "--config", tiny_recipe, "--output_dir", folder, *options) == 0
-    return folder
+def run(lora_run):
+    return lora_run
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +251,6 @@ def test_the_page_says_what_is_wrong_with_an_opening(address, browser):
     page.get_by_text("Type the beginning of a text first").wait_for()
     ask(page, "the film " * 60)
     page.get_by_text("Shorten one of them").wait_for()
-    ask(page, "the <b>film</b>")
+    ask(page, "the <b>film</b> ${6 * 7} {{value}}")
     page.locator(".tuned .figure").first.wait_for()
-    assert "the <b>film</b>" in page.locator("article.tuned p").text_content()
+    assert "the <b>film</b> ${6 * 7} {{value}}" in page.locator("article.tuned p").text_content()

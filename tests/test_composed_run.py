@@ -73,7 +73,7 @@ def test_the_run_can_be_evaluated_again_against_a_frontier_of_its_own(runs, tiny
     file = tmp_path / "own.json"
     small = ("--frontier_prompts", 4, "--frontier_samples", 24, "--frontier", file)
     assert run_here(frontier.main, "--config", tiny_recipe, "--reward", *REWARD, *small) == 0
-    assert run_here(evaluate.main, runs[0], "--frontier", file) == 0
+    assert run_here(evaluate.main, runs[0], "--trust", "--frontier", file) == 0
     result = json.loads((runs[0] / "evaluation.json").read_text())
     assert result["frontier"]["reward"] == pytest.approx(result["reward"]["after"]["mean"], abs=1e-6)
 

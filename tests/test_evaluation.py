@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from pipeline import evaluation
 from pipeline.assembly import build_parts, open_data, parse_config
 from pipeline.evaluation import distinct, evaluate, repeated, samples_table, write_evaluation
+from pipeline.foreign_text import markdown_text
 from pipeline.intervals import bootstrap_interval
 from pipeline.rewards.composed import Component, ComposedReward
 from pipeline.runtime.distributed import make_accelerator
@@ -150,7 +151,7 @@ def test_the_file_holds_what_readers_of_it_expect(trained, tmp_path):
         assert side["perplexity"] > 1
     report = (tmp_path / "evaluation.md").read_text()
     assert f"{figures['before']['probability']['mean']:.3f}" in report
-    assert " ".join(result.rows[0]["after"].split()).replace("|", "\\|") in report
+    assert markdown_text(result.rows[0]["after"]) in report
     assert figures["reward"]["after"] == figures["after"][figures["reward"]["name"]]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import recorded_run
 import torch
+import yaml
 from launching import ROOT, run_here
 from peft import LoraConfig, get_peft_model
 from recorded_run import PROBE
@@ -141,6 +142,23 @@ def test_the_card_has_the_runs_figures_how_to_load_it_and_what_is_known_of_licen
     assert "rank 4, alpha 32" in card and "python -m pipeline.export" in card
     card = (exported / name_of("positive", "checkpoints/step_000003", "merged") / "README.md").read_text()
     assert "that of step 3: reward" in card and "PeftModel" not in card and "library_name: transformers" in card
+
+
+def test_what_others_wrote_is_text_in_the_card(runs, tmp_path):
+    run, base = tmp_path / "run", tmp_path / 'ba`se"\n```\n<img src=x>'
+    shutil.copytree(runs / "full/run", run)
+    _, config = open_run("", str(run))
+    shutil.copytree(config.model.model_path, base)
+    (base / "README.md").write_text('---\nlicense: "mit\\n\\n## Injected\\n<script>"\n---\n')
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(settings | {"model_path": str(base)}))
+    assert run_here(export.main, run, "--what", "full", "--to", tmp_path / "to") == 0
+    card = (tmp_path / "to/README.md").read_text()
+    lines = card.splitlines()
+    assert "## Injected" not in lines and "<script>" not in card and r"mit ## Injected \<script\>" in card
+    assert [line for line in lines if line.startswith("```")] == ["```python", "```", "```", "```"]
+    assert r"| original model | " in card and r"ba\`se" in card
+    assert not re.search(r"(?<!\\)<img", re.sub("(`{2,}) .*? \\1", "", card))
 
 
 def test_the_figures_of_a_run_that_went_back_are_those_of_the_step_it_went_back_to(runs, tmp_path):

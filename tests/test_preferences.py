@@ -9,6 +9,7 @@ import pytest
 import torch
 from launching import launch, run_here
 from scipy.stats import binomtest
+from test_judging import as_text
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks import human_ratings
@@ -368,13 +369,6 @@ def test_the_same_run_gives_the_same_judge_file_and_another_run_other_sides(judg
     assert ids[0] != ids[1]
 
 
-def test_a_response_that_looks_like_a_formula_is_marked_as_text(judged):
-    write_jsonl(judged / "evaluation_samples.jsonl", [{"prompt": "p", "before": "=1+1", "after": " =2\n\u00e9"}])
-    write_judge_file(judged, judged / "judge.csv")
-    (row,) = table(judged / "judge.csv")
-    assert {row["response_a"], row["response_b"]} == {"'=1+1", " =2\n\u00e9"}
-
-
 def marked(judged: Path, marks: list[str]) -> Path:
     """The first rows of a sheet marked for the tuned model ("win"), against it ("loss"), or as they are."""
     sheet = judged / "judge.csv"
@@ -440,7 +434,7 @@ def test_the_commands_write_a_judge_file_and_read_its_marks_back(run, tmp_path, 
     samples = {row["prompt"]: row for row in map(json.loads, (run / "evaluation_samples.jsonl").open())}
     key = {row["id"]: row["tuned"] for row in table(key_path(sheet))}
     for row in table(sheet):
-        assert row[f"response_{key[row['id']]}"].lstrip("'") == samples[row["prompt"]]["after"].lstrip("'")
+        assert as_text(row[f"response_{key[row['id']]}"]) == samples[as_text(row["prompt"])]["after"]
     assert run_here(evaluate.main, run, "--read-marks", sheet) == 2
     sheet.write_text(sheet.read_text(encoding="utf-8-sig").replace(",\n", ",a\n"))
     assert run_here(evaluate.main, run, "--read-marks", sheet) == 0

@@ -1,8 +1,8 @@
 """One self-contained HTML page of a run, or of several: no network, whatever a response may contain.
 
 Plotly's script is packed into the page (gzip and base64: 2 MB where it is 4.8) and unpacked by the browser; the page's
-content policy forbids it to load anything. All text of models and settings is escaped by Jinja or set as text by the
-page's script.
+content policy forbids it to load anything. All text of models and settings is escaped by Jinja, set as text by the
+page's script, or kept from Plotly's own tags.
 """
 
 import base64
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from pipeline.foreign_text import plotly_text
 from pipeline.reports.drawing import Chart, colours, digits
 from pipeline.reports.facts import (
     comparison_table,
@@ -124,7 +125,9 @@ def _rendered(*, outcome_charts: list[Chart], step_charts: list[Chart], samples:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     charts = {
-        chart.key: json.loads(chart.figure.to_json()) for chart in (*outcome_charts, *step_charts) if chart.figure
+        chart.key: plotly_text(json.loads(chart.figure.to_json()))
+        for chart in (*outcome_charts, *step_charts)
+        if chart.figure
     }
     return environment.get_template("page.html").render(
         outcome_charts=outcome_charts,

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from pipeline.checked import ConfigError
+from pipeline.foreign_text import without_secrets
 from pipeline.rewards.protocol import RewardError
 from pipeline.rewards.terms import classifier_of, parse_terms
 from pipeline.run_directory import (
@@ -29,7 +30,7 @@ class Run:
 
     directory: Path
     name: str
-    config: dict[str, object]  # the resolved recipe, flat
+    config: dict[str, object]  # the resolved recipe, flat, without credentials in addresses
     steps: list[dict[str, float | None]]  # a PPO step's metrics each; None where one was not finite
     figures: dict[str, object] | None  # of the evaluation
     samples: list[dict[str, object]]  # of the evaluation, a held-out prompt each
@@ -83,9 +84,9 @@ def read_run(directory: Path, name: str | None = None) -> Run:
     if not (directory / CONFIG_FILE).is_file():
         raise ConfigError(f"{str(directory)!r} is not a run: it has no {CONFIG_FILE}.")
     try:
-        config = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = without_secrets(yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8")))
         evaluation = directory / EVALUATION_FILE
-        figures = json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else None
+        figures = without_secrets(json.loads(evaluation.read_text(encoding="utf-8"))) if evaluation.is_file() else None
         samples = _lines(directory / SAMPLES_FILE)
         steps = _lines(directory / METRICS_FILE)
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -94,7 +95,7 @@ def read_run(directory: Path, name: str | None = None) -> Run:
         raise ConfigError(f"{str(directory / CONFIG_FILE)!r} holds no settings: {config!r}.")
     return Run(
         directory, name or directory.resolve().name, config, steps, figures, samples if figures else [],
-        read_parts(directory), (directory / FINISHED).is_file(),
+        without_secrets(read_parts(directory)), (directory / FINISHED).is_file(),
     )  # fmt: skip
 
 

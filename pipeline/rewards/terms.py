@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipeline.rewards.protocol import RewardError
 
 SENTIMENT = "sentiment"
+TOKEN_VARIABLE = "REWARD_TOKEN"  # of the environment: what reward servers are shown as `Authorization: Bearer`
 BUILT_IN = {
     SENTIMENT: "",
     "fluency": "",
@@ -85,6 +86,11 @@ def _check_form(term: Term) -> None:
         right = re.fullmatch(kind + BUILT_IN[kind], source)
     if not right:
         raise RewardError(f"reward={source!r} is none of {FORMS}.")
+    if kind == "remote" and "@" in source.partition("?")[0].split("/", 3)[2]:
+        raise RewardError(
+            f"reward={source!r}: user and password do not belong into an address, which is written down with the run; "
+            f"set {TOKEN_VARIABLE} in the environment, which is sent as `Authorization: Bearer …`."
+        )
     if kind == "length":
         low, high = length_range(source)
         if not 1 <= low <= high:
@@ -120,7 +126,7 @@ def length_range(source: str) -> tuple[int, int]:
 
 def _short_name(term: Term) -> str:
     if term.kind == "remote":
-        name = term.source.partition("://")[2]
+        name = re.split("[?#]", term.source.partition("://")[2])[0]  # a query may be secret, and names go everywhere
     elif term.kind in ("classifier", "function"):
         name = term.source.rpartition(":")[2]
     elif term.kind == "repetition" and ":" in term.source:

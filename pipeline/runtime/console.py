@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.foreign_text import shown
 from pipeline.runtime.display import Display, format_seconds
 
 LOG_WIDTH = 140  # characters of a table that goes to a file
@@ -51,9 +52,9 @@ class Console:
             self._safely(self._live.stop)
 
     def say(self, text: str, *, always: bool = False) -> None:
-        """Print a line, above the live picture where there is one."""
+        """Print a line, above the live picture where there is one; what others wrote in it cannot act on a terminal."""
         if always or not self.quiet:
-            self._print(Text(text))
+            self._print(Text(shown(text)))
 
     def warn(self, text: str) -> None:
         """Say it always, as a warning."""
@@ -91,7 +92,7 @@ class Console:
         """Show rows of cells, the first row the header."""
         table = Table(title=title, title_justify="left", show_lines=len(rows[0]) > 3)
         for name in rows[0]:
-            table.add_column(name, overflow="fold")
+            table.add_column(Text(_printable(name)), overflow="fold")
         for row in rows[1:]:
             table.add_row(*(Text(_printable(cell)) for cell in row))
         if not self.quiet:

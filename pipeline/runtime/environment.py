@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from pipeline.foreign_text import shown, without_secrets
 from pipeline.runtime.gpus import cuda_is_usable
 
 ENVIRONMENT_FILE = "environment.json"
@@ -30,7 +31,7 @@ def environment() -> dict[str, object]:
         "started": _now(),
         "ended": None,
         "outcome": None,
-        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "command": without_secrets(shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])),
         "workers": workers,
         "nodes": max(1, workers // on_node),
         "device": "cuda" if gpus else "cpu",
@@ -60,7 +61,7 @@ def end_part(directory: Path, outcome: str) -> None:
     """Note when and how the newest part ended."""
     parts = read_parts(directory)
     if parts:
-        parts[-1] |= {"ended": _now(), "outcome": outcome}
+        parts[-1] |= {"ended": _now(), "outcome": shown(outcome)}
         _write(directory, parts)
 
 

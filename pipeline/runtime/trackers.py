@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
+from pipeline.foreign_text import markdown_text, without_secrets
+
 
 @dataclass(frozen=True)
 class Run:
@@ -72,18 +74,22 @@ class Wandb(Tracker):
                     f"`wandb login` and `wandb sync` upload it.")  # fmt: skip
         # Frames of the live picture are no log: on a terminal wandb would keep hundreds of megabytes of them.
         settings = wandb.Settings(silent=True, console="off" if sys.stdout.isatty() else "auto")
-        super().__init__(
-            WandBTracker(
-                run.project,
-                name=run.name,
-                id=run.id,
-                resume="allow",
-                config=run.config,
-                dir=str(run.directory),
-                mode=mode,
-                settings=settings,
+        arguments, sys.argv = sys.argv, without_secrets(sys.argv)  # which it writes down
+        try:
+            super().__init__(
+                WandBTracker(
+                    run.project,
+                    name=run.name,
+                    id=run.id,
+                    resume="allow",
+                    config=run.config,
+                    dir=str(run.directory),
+                    mode=mode,
+                    settings=settings,
+                )
             )
-        )
+        finally:
+            sys.argv = arguments
 
     def log(self, step, metrics, histograms):
         drawn = {name: self._wandb.Histogram(values) for name, values in histograms.items()}
@@ -170,8 +176,7 @@ def _numbers(name: str, figures: Mapping[str, object]) -> Iterator[tuple[str, fl
 
 
 def _cell(value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
-    return text.replace("|", "\\|")
+    return f"{value:.4g}" if isinstance(value, float) else markdown_text(str(value))
 
 
 def _logged_in(wandb) -> bool:

@@ -16,6 +16,7 @@ from pipeline.plane import curve_of
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 2'>&amp;"
+LINK = '<a href="https://evil.example/x">calm</a> &lt;'  # a component's name, which Plotly would make a link of
 STEPS, PROMPTS = 3, 30
 # Title of each chart over steps and its lines, a point a step.
 OVER_STEPS = {
@@ -49,7 +50,7 @@ def told_all(runs, tmp_path_factory):
     shutil.copytree(runs[0], run)
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for step in steps:
-        for name in ("fluency", "mypkg.rewards:politeness"):
+        for name in ("fluency", LINK):
             step |= {f"reward/{name}/raw_mean": -2.0 + step["step"], f"reward/{name}/weighted_mean": 0.3 * step["step"]}
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     samples = samples_of(run)
@@ -155,6 +156,8 @@ def test_text_of_models_and_settings_stays_text(page):
     assert "{{ 7 * 7 }}" in column(page, 3)[2]
     assert page.locator("h1").inner_text() == "run <b>&lt;"
     assert HOSTILE in page.locator("#settings").inner_text()
+    legend = page.locator("#chart-components_raw .legendtext").all_text_contents()
+    assert legend == ["fluency", LINK] and page.locator("svg a").count() == 0
 
 
 def test_samples_are_sorted_by_a_click_and_the_other_way_by_another(table, told_all):

@@ -30,11 +30,17 @@ def test_paths_and_addresses_keep_their_colons_and_equal_signs():
     ]
     assert [t.weight for t in terms] == [-2.0, 1.0, 0.5]
     assert [t.kind for t in terms] == ["classifier", "remote", "remote"]
-    assert [t.name for t in terms] == ["very_toxic", "localhost_8000_score_model_large", "host_score_seed_3"]
+    assert [t.name for t in terms] == ["very_toxic", "localhost_8000_score", "host_score"]
     both = parse_terms(["http://host/score?version==2", "http://host/score?version=2=1", "http://host=2"])
     assert [(t.source, t.weight) for t in both] == [
         ("http://host/score?version=", 2.0), ("http://host/score?version=2", 1.0), ("http://host", 2.0),
     ]  # fmt: skip
+
+
+def test_a_components_name_has_nothing_of_an_addresss_query():
+    terms = parse_terms(["http://host/score?token=sekrit", "http://host/score?token=other#part", "http://host/@me/x"])
+    assert [term.name for term in terms] == ["host_score", "host_score_2", "host_me_x"]
+    assert terms[0].source == "http://host/score?token=sekrit"
 
 
 def test_components_of_one_name_are_told_apart():
@@ -69,6 +75,8 @@ def test_no_component_is_called_what_the_evaluation_calls_something_else():
         (["fluency=1", "fluency=2"], "'fluency' stands there twice"),
         (["repetition=-1", "repetition:3=-2"], "'repetition:3' stands there twice"),
         (["repetition:10=-1"], "repetition:N (1 to 9)"),
+        (["http://user:hunter2@host/score"], "set REWARD_TOKEN in the environment"),
+        (["https://token@host"], "set REWARD_TOKEN in the environment"),
         (["http://host/score?version=2"], "Write http://host/score?version==2 or http://host/score?version=2=1"),
     ],
 )
