@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -31,7 +32,7 @@ from pipeline.errors import Stopped, user_errors, writing
 from pipeline.foreign_text import shown
 from pipeline.inputs import keep_to_inputs, tell
 from pipeline.models.card import write_model_card
-from pipeline.models.loading import ModelError, load_config, opening
+from pipeline.models.loading import ModelError, opening
 from pipeline.models.scratch import new_config, tokenizer_of_run
 from pipeline.runtime.command import command_line, parse_recipe
 from pipeline.runtime.gpus import cuda_is_usable
@@ -204,8 +205,9 @@ def build(arguments: RewardModelArguments, run: TrainingArguments, texts: list[s
     """Return (classifier in float32, tokenizer)."""
     labels = {"id2label": LABELS, "label2id": {name: i for i, name in LABELS.items()}, "num_labels": 2}
     if arguments.model_path is not None:
-        check_positions(load_config(arguments.model_path), "max_window", arguments.max_window)
         with opening(arguments.model_path, "model_path"):
+            config = AutoConfig.from_pretrained(arguments.model_path)
+            check_positions(config, "max_window", arguments.max_window)
             tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
             check_encoder(arguments, tokenizer)
             classifier = AutoModelForSequenceClassification
