@@ -95,8 +95,11 @@ def write_judge_file(run: Path, sheet: Path) -> int:
 
 
 def _as_text(cell: str) -> str:
-    """The cell with an apostrophe before everything that a spreadsheet would take for a formula."""
-    return _FORMULA.sub(r"\2'\1\3", cell)
+    """The cell with an apostrophe before everything that a spreadsheet would take for a formula.
+
+    A NUL, which no CSV file may hold, becomes its sign.
+    """
+    return _FORMULA.sub(r"\2'\1\3", cell).replace("\0", "\u2400")
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -20,6 +20,7 @@ TEXTS = [
 
 def as_text(cell: str) -> str:
     """A cell without the apostrophes the sheet put there, as docs/preferences.md says."""
+    cell = cell.replace("\u2400", "\0")
     unseen = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xa0\u00ad\u200b-\u200f\u2060\ufeff"
     return re.sub(rf"^'(?='*[\t\r\n])|(^|[,;\t\r\n\"])'(?='*[{unseen}]*[=+\-@＝＋－＠])", r"\1", cell)
 

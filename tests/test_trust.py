@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 from launching import run_here
 
 from pipeline import chat, evaluate, export, report, train
@@ -25,8 +26,9 @@ def stranger(lora_run, tmp_path, monkeypatch):
     (run / "judge.py").write_text(
         "open('mark', 'w').close()\ndef score(prompts, responses):\n    return [0.0] * len(responses)\n"
     )
-    with (run / "config.yaml").open("a") as file:
-        file.write("reward: [stranger.judge:score, 'http://127.0.0.1:1/score?key=sekrit']\n")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["reward"] = ["stranger.judge:score", "http://127.0.0.1:1/score?key=sekrit"]
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "the", "chosen": " film", "rejected": " story"}\n' * 2)
     return run
 
@@ -60,7 +62,7 @@ def test_what_loads_no_reward_needs_no_trust(stranger, capsys):
 
 def test_a_trusted_run_and_a_reward_of_ones_own_words_go_on(stranger, capsys):
     config = stranger / "config.yaml"
-    config.write_text(config.read_text().replace(", 'http://127.0.0.1:1/score?key=sekrit'", ""))
+    config.write_text(config.read_text().replace("- http://127.0.0.1:1/score?key=sekrit\n", ""))
     assert run_here(evaluate.main, stranger, "--trust", "--preferences", "pairs.jsonl") == 0
     assert (stranger.parent / "mark").exists()
     (stranger.parent / "mark").unlink()
