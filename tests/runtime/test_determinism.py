@@ -60,6 +60,7 @@ def test_on_cuda_attention_is_not_cudnns_and_float32_is_not_tf32(monkeypatch, de
     monkeypatch.setattr(distributed, "cuda_is_usable", lambda: device == "cuda")
     monkeypatch.setattr(distributed, "Accelerator", lambda **_settings: made)
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
     torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 makes it
     try:
         distributed.make_accelerator(precision)
