@@ -38,8 +38,9 @@ Several machines without SLURM, the same command on each but for the rank:
   --num_machines M  --machine_rank R  --main_process_ip IP  --main_process_port PORT     IP is that of rank 0
 All other options are the run's own: python -m pipeline.train --help
 
-Exit codes: 0 finished; 2 a setting is at fault; 3 the reward failed in mid-run; 4 a guard ended a training that went
-wrong, with its last good state; 130, 138 and 143 stopped by SIGINT (Ctrl-C), SIGUSR1 and SIGTERM with a checkpoint, from
+Exit codes: 0 finished; 2 a setting, file or disk is at fault and nothing was trained; 3 the reward failed in mid-run; 4 a
+guard ended a training that went wrong, with its last good state; 5 the model, evaluation or report could not be written,
+and the same command makes them; 130, 138 and 143 stopped by SIGINT (Ctrl-C), SIGUSR1 and SIGTERM with a checkpoint, from
 which the same command continues; any other: a worker crashed.
 
 The environment: the active virtual or conda environment, else .venv here, made when missing. requirements.txt is
@@ -116,18 +117,20 @@ read_arguments() {
   fi
 }
 
-is_configuration() { grep -qE '^(compute_environment|distributed_type) *:' "$1"; }
+plain_lines() { sed -e $'1s/^\xef\xbb\xbf//' -e $'s/\r$//' "$1"; } # as editors on Windows do not leave them
+
+is_configuration() { plain_lines "$1" | grep -E '^(compute_environment|distributed_type) *:' >/dev/null; }
 
 # Whether a file has keys that Accelerate knows nothing of.
 has_settings() {
   local known='num_|machine_rank|main_|mixed_precision|use_cpu|debug|gpu_ids|rdzv_|same_network|enable_cpu_|downcast_|tpu_'
-  sed -n 's/^\([A-Za-z_][A-Za-z_0-9]*\) *:.*/\1/p' "$1" | grep -vE "^($known|command)|_config$" >/dev/null
+  plain_lines "$1" | sed -n 's/^\([A-Za-z_][A-Za-z_0-9]*\) *:.*/\1/p' | grep -vE "^($known|command)|_config$" >/dev/null
 }
 
 use_array_seed() { # the jobs of a SLURM array are the seeds of one recipe
   local setting output_dir="" last=""
   # A recipe's output_dir, without quotes and comment.
-  output_dir=$(sed -n "s/^output_dir: *[\"']\{0,1\}\([^\"'#]*[^\"'# ]\).*/\1/p" "$recipe")
+  output_dir=$(plain_lines "$recipe" | sed -n "s/^output_dir: *[\"']\{0,1\}\([^\"'#]*[^\"'# ]\).*/\1/p")
   for setting in ${settings[@]+"${settings[@]}"}; do
     case "$setting" in
       --seed | --seed=*) fail "a job array gives the seeds (--seed $SLURM_ARRAY_TASK_ID here): leave out $setting." ;;

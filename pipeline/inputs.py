@@ -29,9 +29,12 @@ Inputs = dict[str, dict[str, str]]  # setting -> its value, what is read there, 
 
 def inputs_of(config: Config, training: Openings, held_out: Openings) -> Inputs:
     """The inputs of a PPO run: its openings as tokens, and the weights of the models it starts from."""
+    return _texts(config, training, held_out) | _starts(config) | _of_weights(_classifiers(config))
+
+
+def _texts(config: Config, training: Openings, held_out: Openings) -> Inputs:
     what = f"the openings that the tokenizer of {config.model.model_path} makes of its texts"
-    found = {"dataset": _input(config.data.dataset, what, openings_fingerprint(training, held_out))}
-    return found | _starts(config) | _of_weights(_classifiers(config))
+    return {"dataset": _input(config.data.dataset, what, openings_fingerprint(training, held_out))}
 
 
 def openings_fingerprint(*sides: Openings) -> str:
@@ -86,8 +89,7 @@ def check_same_texts(folder: Path, config: Config, training: Openings, held_out:
     if "dataset" in saved:
         names = {"model_path", *(field.name for field in fields(config.data))}
         if not names & differing_settings(settings_of(checkpoint), config).keys():
-            now = inputs_of(config, training, held_out)
-            _compare({"dataset": saved["dataset"]}, now, checkpoint, None)
+            _compare({"dataset": saved["dataset"]}, _texts(config, training, held_out), checkpoint, None)
 
 
 def _saved(folder: Path) -> tuple[Path, Inputs]:
@@ -120,7 +122,13 @@ def keep_to_inputs(run: TrainingArguments, dataset: str, sides: Iterable[Reviews
         except OSError as error:
             raise ConfigError(f"output_dir={run.output_dir!r} cannot be written: {error}; choose another.") from error
     elif checkpoint is not None and path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{path}, which says what the checkpoints there were trained on, cannot be read ({error}); remove it "
+                f"to go on without that check, or choose another output_dir."
+            ) from error
         _compare(saved, inputs, Path(checkpoint), "another output_dir")
 
 

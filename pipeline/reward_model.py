@@ -34,6 +34,7 @@ from pipeline.inputs import keep_to_inputs, tell
 from pipeline.models.card import write_model_card
 from pipeline.models.loading import ModelError, opening
 from pipeline.models.scratch import new_config, tokenizer_of_run
+from pipeline.models.vocabulary import check_vocabulary
 from pipeline.runtime.command import command_line, parse_recipe
 from pipeline.runtime.gpus import cuda_is_usable
 from pipeline.runtime.signals import StopRequest
@@ -209,6 +210,7 @@ def build(arguments: RewardModelArguments, run: TrainingArguments, texts: list[s
             config = AutoConfig.from_pretrained(arguments.model_path)
             check_positions(config, "max_window", arguments.max_window)
             tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
+            check_vocabulary(tokenizer, config, f"model_path={arguments.model_path!r}")
             check_encoder(arguments, tokenizer)
             classifier = AutoModelForSequenceClassification
             return classifier.from_pretrained(arguments.model_path, dtype=torch.float32, **labels), tokenizer

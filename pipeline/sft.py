@@ -16,7 +16,6 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     Trainer,
     set_seed,
@@ -30,9 +29,11 @@ from pipeline.errors import user_errors, writing
 from pipeline.foreign_text import markdown_code, shown
 from pipeline.inputs import keep_to_inputs, tell
 from pipeline.models.card import write_model_card
-from pipeline.models.loading import ModelError, load_config, opening
+from pipeline.models.forward import layout_of
+from pipeline.models.loading import ModelError, load_causal_lm
 from pipeline.models.muon import MuonWithAdamW
 from pipeline.models.scratch import new_config, tokenizer_of_run
+from pipeline.models.vocabulary import load_config_and_tokenizer
 from pipeline.runtime.command import command_line, parse_recipe
 from pipeline.runtime.distributed import on_main
 from pipeline.runtime.gpus import cuda_is_usable
@@ -127,10 +128,11 @@ class LogitsTrainer(StoppableEvaluation, SFTTrainer):
 def build(arguments: SFTArguments, run: SFTConfig, training: Reviews):
     """Return (model in float32, tokenizer)."""
     if arguments.model_path is not None:
-        check_positions(load_config(arguments.model_path), "max_length", run.max_length)
-        with opening(arguments.model_path, "model_path"):
-            tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
-            return AutoModelForCausalLM.from_pretrained(arguments.model_path, dtype=torch.float32), tokenizer
+        config, tokenizer = load_config_and_tokenizer(arguments.model_path)
+        check_positions(config, "max_length", run.max_length)
+        model = load_causal_lm(arguments.model_path)
+        layout_of(model, f"model_path={arguments.model_path!r}")  # raises where its logits are NaN
+        return model, tokenizer
     tokenizer = tokenizer_of_run(run, arguments.model_type, training.texts, arguments.vocab_size)
     config = new_config(arguments.model_type, arguments.config_overrides, tokenizer)
     check_positions(config, "max_length", run.max_length)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -51,8 +52,12 @@ def newest_checkpoint(directory: str) -> str | None:
     whole = []
     for path in Path(directory).glob("checkpoint-*"):
         try:
-            whole.append((json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], path))
-        except (OSError, ValueError, KeyError):
+            step = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+            for weights in path.glob("*.safetensors"):
+                with safe_open(weights, "pt"):  # raises where it is cut
+                    pass
+            whole.append((step, path))
+        except (OSError, ValueError, KeyError, SafetensorError):
             print(f"Checkpoint {path} is not whole and passed over.", flush=True)
     return str(max(whole)[1]) if whole else None
 

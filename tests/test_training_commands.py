@@ -6,14 +6,18 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_interrupted import file_size_limit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline import reward_model, sft
+from pipeline.data.sources import Reviews
 from pipeline.errors import Stopped, UserError, WriteError
+from pipeline.inputs import keep_to_inputs
 from pipeline.models.loading import ModelError
 from pipeline.supervised import newest_checkpoint
 
@@ -137,6 +141,41 @@ def test_sft_refuses_what_cannot_be_trained_before_training(
     arguments = ["--model_path", tiny_lm, "--dataset", reviews_file, "--output_dir", str(tmp_path / "out")]
     with pytest.raises(UserError, match=fault):
         run(monkeypatch, sft, *arguments, "--max_length", "32", *SHARED, *settings)
+
+
+@pytest.mark.parametrize("fault", ["its logits are NaN", "its tokenizer has ids up to"])
+def test_sft_refuses_a_model_that_cannot_be_used_before_training(tmp_path, monkeypatch, reviews_file, tiny_lm, fault):
+    monkeypatch.setattr(sft, "train", lambda *_: pytest.fail("it was trained"))
+    folder = shutil.copytree(tiny_lm, tmp_path / "model")
+    if "NaN" in fault:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = float("nan")
+        model.save_pretrained(folder)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens([f"<{i}>" for i in range(AutoModelForCausalLM.from_pretrained(folder).config.vocab_size)])
+        tokenizer.save_pretrained(folder)
+    arguments = ["--model_path", str(folder), "--dataset", reviews_file, "--max_length", "32", "--bf16", "false"]
+    with pytest.raises(ModelError, match=fault):
+        run(monkeypatch, sft, *arguments, "--output_dir", str(tmp_path / "out"), *SHARED)
+
+
+def test_a_checkpoint_whose_weights_are_cut_is_passed_over_by_name(tmp_path, capsys):
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        save_file({"weight": torch.zeros(3)}, tmp_path / f"checkpoint-{step}" / "model.safetensors")
+    weights = tmp_path / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:40])
+    assert newest_checkpoint(str(tmp_path)).endswith("checkpoint-1")
+    assert "checkpoint-2 is not whole and passed over" in capsys.readouterr().out
+
+
+def test_a_cut_note_of_what_was_trained_on_is_named_with_the_remedy(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "inputs.json").write_text("{")
+    with pytest.raises(UserError, match=r"inputs.json, which says .* cannot be read .*; remove it"):
+        keep_to_inputs(SimpleNamespace(output_dir=str(tmp_path), process_index=0), "data", [Reviews(["a"], None)])
 
 
 def test_sft_without_a_length_is_refused(tmp_path, monkeypatch, tiny_lm):

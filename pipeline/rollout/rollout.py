@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.prompts import PromptBatch
+from pipeline.data.tokens import prompt_text
 from pipeline.models.kernels import many_forwards
 from pipeline.models.packing import Layout, Packed, pack
 from pipeline.models.policy import Policy, Reference
@@ -154,7 +155,7 @@ def _microbatches(responses: Responses, layout: Layout, size: int) -> Iterator[P
 def sample_text(responses: Responses, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Prompt and response of one sample as text."""
     one = Responses(*(getattr(responses, field.name)[index : index + 1] for field in fields(Responses)))
-    prompt = tokenizer.decode(one.prompt_tokens[one.prompt_mask], skip_special_tokens=True)
+    prompt = prompt_text(tokenizer, one.prompt_tokens[one.prompt_mask])
     return prompt, response_texts(one, [prompt], tokenizer)[0]
 
 

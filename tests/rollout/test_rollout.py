@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import random_causal_lm
+from transformers import AutoTokenizer
 
 from pipeline.data.prompts import PromptBatch, pad_prompts
 from pipeline.models.policy import Policy, Reference
@@ -13,6 +14,7 @@ from pipeline.rollout.rollout import (
     reference_logprobs,
     response_texts,
     sample_responses,
+    sample_text,
 )
 from pipeline.rollout.sampling import SamplingOptions
 
@@ -135,3 +137,13 @@ def test_take_reorders_every_field(responses):
     assert torch.equal(taken.tokens, responses.tokens[[5, 2]]) and torch.equal(taken.mask, responses.mask[[5, 2]])
     for name in ("logprobs", "ref_logprobs", "values", "entropy"):
         assert getattr(taken, name)[:, 0].tolist() == [5, 2]
+
+
+def test_a_sample_of_a_prompt_cut_inside_a_character_is_the_text_of_all_its_tokens():
+    tokenizer = AutoTokenizer.from_pretrained("assets/gpt2-imdb-mini")
+    tokens = torch.tensor([tokenizer("great \U0001f3ac film", add_special_tokens=False).input_ids])
+    everything = torch.ones_like(tokens, dtype=torch.bool)
+    for cut in range(1, tokens.shape[1]):
+        parts = (tokens[:, :cut], everything[:, :cut], tokens[:, cut:], everything[:, cut:])
+        prompt, response = sample_text(Responses(*parts), 0, tokenizer)
+        assert prompt + response == "great \U0001f3ac film" and "\ufffd" not in prompt + response

@@ -114,3 +114,9 @@ def test_without_a_gpu_the_launcher_is_told_so_without_pytorch():
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
                           env={"PATH": "/nowhere", "PYTHONPATH": ":".join(sys.path)})  # fmt: skip
     assert told.stdout == "0 no\n" and told.stderr == ""
+
+
+def test_the_launcher_may_ask_before_anything_is_installed():
+    command = [sys.executable, "-S", "-m", "pipeline.runtime.gpus"]
+    asked = subprocess.run(command, cwd=Path(__file__).parents[2], env={"PATH": ""}, capture_output=True, text=True)
+    assert asked.returncode == 0 and asked.stdout.endswith(" no\n"), asked.stderr
