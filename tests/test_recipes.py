@@ -1,10 +1,16 @@
 """A recipe is read as the command line reads the same texts, and what is wrong with it is told by its line."""
 
+import os
+import shutil
+
 import pytest
+from launching import run_here
 from test_config import parse, refused
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from pipeline import chat, evaluate, export
+from pipeline.config import SECTIONS
 from pipeline.errors import STATUS_FILE_VARIABLE, UserError
 from pipeline.reward_model import RewardModelArguments
 from pipeline.runtime.command import parse_recipe
@@ -36,6 +42,29 @@ def test_a_recipe_that_is_no_mapping_is_named(capsys, recipe, text):
 def test_what_is_wrong_with_a_recipe_is_named_with_its_line(capsys, recipe, text, fault):
     path = recipe(text)
     assert path + fault in refused(capsys, "--config", path)
+
+
+@pytest.mark.parametrize("kinds", [(SFTArguments, SFTConfig), (RewardModelArguments, TrainingArguments), SECTIONS])
+def test_no_recipe_sets_environment_variables(recipe, monkeypatch, kinds):
+    monkeypatch.delenv("SET_BY_A_RECIPE", raising=False)
+    path = recipe("env: {SET_BY_A_RECIPE: yes}\noutput_dir: out\n")
+    with pytest.raises(UserError, match=f"{path}: there is no setting env"):
+        parse_recipe(kinds, "", ["--config", path])
+    assert "SET_BY_A_RECIPE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("main", "options"), [(chat.main, ()), (evaluate.main, ()), (export.main, ("--what", "adapter", "--to", "out"))]
+)
+def test_no_run_that_is_opened_sets_environment_variables(lora_run, tmp_path, monkeypatch, capsys, main, options):
+    monkeypatch.delenv("SET_BY_A_RUN", raising=False)
+    monkeypatch.setattr(chat, "serve", lambda *_, **__: pytest.fail("it was opened"))
+    monkeypatch.chdir(tmp_path)
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    with (run / "config.yaml").open("a") as file:
+        file.write("env: {SET_BY_A_RUN: yes}\n")
+    assert run_here(main, run, *options) == 2
+    assert "there is no setting env" in capsys.readouterr().err and "SET_BY_A_RUN" not in os.environ
 
 
 def test_a_recipe_that_is_not_utf_8_is_named(capsys, tmp_path):
